@@ -1,0 +1,444 @@
+"""Core types: frozen, slotted, shared by every package. Sizes are in the field names."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from prismserve.core.hashing import DIGEST_BYTES, canonical_json, digest
+
+BlockKey: TypeAlias = bytes
+"""32-byte chained key of a full block of tokens; see :func:`prismserve.core.prompt.block_keys`."""
+
+Scalar: TypeAlias = str | int | float | bool | None
+
+
+class Role(enum.StrEnum):
+    """What a worker does: only prefill, only decode (with local prefill of short suffixes), or both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class WorkerState(enum.StrEnum):
+    """Life of a worker as the cluster sees it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+class FinishReason(enum.StrEnum):
+    """Why generation ended; the values are OpenAI's, plus ``error`` and ``abort``."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``seed`` None draws one per request at the router, so that
+    a migrated request goes on with the same random stream: token i is drawn from (seed, i).
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """A compression method or codec by name, with its parameters, normalised (sorted, defaults filled in)."""
+
+    name: str
+    params: tuple[tuple[str, Scalar], ...] = ()
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that name the method and every parameter."""
+        return digest("method", self.name.encode(), canonical_json(dict(self.params)))
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionPlan:
+    """What is done to one request's visual tokens and to its KV on the wire.
+
+    ``visual`` and ``wire`` are always set; ``none`` is the identity. Visual fingerprints enter cache keys, wire
+    codecs do not: they change bytes in flight, and lossy codecs mark what they produce (see ``lossy``).
+    """
+
+    visual: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
+    wire: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
+    preset: str = "custom"
+
+    @property
+    def exact(self) -> bool:
+        """Whether outputs are bit-equal to serving without compression."""
+        return self.visual.name == "none" and self.wire.name == "none"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInput:
+    """One image of a request.
+
+    Attributes:
+        data: the encoded file (PNG, JPEG or WebP), already validated.
+        pixel_hash: 32 bytes over mode, shape and pixels after decoding.
+        width_px: width after decoding.
+        height_px: height after decoding.
+    """
+
+    data: bytes
+    pixel_hash: bytes
+    width_px: int
+    height_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextSegment:
+    """A run of text tokens in a prompt."""
+
+    token_ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Cache slots it takes."""
+        return len(self.token_ids)
+
+    @property
+    def raw_tokens(self) -> int:
+        """Positions it spans."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSegment:
+    """The place of one image in a prompt.
+
+    Attributes:
+        media_index: which entry of ``Request.media``.
+        key: 32 bytes naming the embeddings that fill it: pixel hash, processor, encoder, visual plan.
+        tokens: cache slots it takes, after compression.
+        raw_tokens: positions it spans, before compression (survivors keep their positions).
+    """
+
+    media_index: int
+    key: bytes
+    tokens: int
+    raw_tokens: int
+
+
+Segment: TypeAlias = TextSegment | MediaSegment
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Text and image segments in order."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Cache slots the prompt takes, after compression."""
+        return sum(s.tokens for s in self.segments)
+
+    @property
+    def raw_tokens(self) -> int:
+        """Positions the prompt spans; the first generated token has this position."""
+        return sum(s.raw_tokens for s in self.segments)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens after compression."""
+        return sum(s.tokens for s in self.segments if isinstance(s, MediaSegment))
+
+    @property
+    def visual_tokens_raw(self) -> int:
+        """Visual tokens before compression."""
+        return sum(s.raw_tokens for s in self.segments if isinstance(s, MediaSegment))
+
+    def media_segments(self) -> Iterator[MediaSegment]:
+        """The image segments in order."""
+        return (s for s in self.segments if isinstance(s, MediaSegment))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation, as the router hands it to workers.
+
+    Attributes:
+        request_id: unique in the cluster.
+        attempt: counts placements of the same request; a later attempt fences an earlier one.
+        namespace: 32 bytes: model, KV layout and tenant; the root of the block-key chain.
+        wire_namespace: root of the chain for KV that crossed the wire; equals ``namespace`` for exact codecs,
+            because KV restored from a lossy codec is not interchangeable with the KV it came from.
+        resume_token_ids: tokens already emitted by an earlier attempt, continued and not emitted again.
+        timeout_s: time left for the whole request when the message was sent, in seconds.
+    """
+
+    request_id: str
+    attempt: int
+    namespace: bytes
+    wire_namespace: bytes
+    prompt: Prompt
+    media: tuple[MediaInput, ...]
+    sampling: SamplingParams
+    compression: CompressionPlan
+    resume_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What makes KV bytes interchangeable between two workers.
+
+    A block holds ``block_tokens`` tokens of one layer: K and V, each [block_tokens, kv_heads, head_dim].
+    """
+
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+    position_scheme: str = "rope"
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one element."""
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def token_layer_bytes(self) -> int:
+        """Bytes of K and V of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token over all layers."""
+        return self.layers * self.token_layer_bytes
+
+    def fingerprint(self) -> bytes:
+        """32 bytes; equal exactly when blocks may be exchanged."""
+        return digest(
+            "kv-layout",
+            canonical_json(
+                [self.dtype, self.layers, self.kv_heads, self.head_dim, self.block_tokens, self.position_scheme]
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker as the registry lists it.
+
+    Attributes:
+        worker_id: unique name, stable for the life of the process.
+        epoch: grows with every registration in the cluster; an older epoch of the same worker is fenced.
+        control_address: ``host:port`` of its data-plane gRPC server.
+        transports: what can write into its arena, best first.
+        endpoint: opaque bytes by which a transport connects (from ``TransportHub.endpoint()``).
+    """
+
+    worker_id: str
+    role: Role
+    epoch: int
+    pid: int
+    node: str
+    control_address: str
+    model_fingerprint: bytes
+    layout: KVLayout
+    transports: tuple[str, ...]
+    endpoint: bytes
+    state: WorkerState = WorkerState.READY
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """The one stats record every worker reports, for status, routing and autoscaling."""
+
+    worker_id: str = ""
+    waiting: int = 0
+    running: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    image_queries: int = 0
+    image_hits: int = 0
+    encoded_images: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    transfers: int = 0
+    transfer_bytes: int = 0
+    transfer_raw_bytes: int = 0
+    transfer_seconds: float = 0.0
+    transfer_failures: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of arena pages, the only way one worker names another's memory.
+
+    ``generation`` is the arena's tag for this allocation: a write or notification under another tag is refused.
+    """
+
+    first_page: int
+    pages: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A lease on pages of the receiver's arena, granted for one request attempt.
+
+    Attributes:
+        lease_id: names the lease at the receiver.
+        extent: where the sender may write; ``page_bytes`` is the arena's page size.
+        cached_tokens: leading prompt tokens the receiver already holds and does not want sent.
+        ttl_s: the lease ends this long after it was granted, by the receiver's monotonic clock.
+    """
+
+    lease_id: int
+    extent: Extent
+    page_bytes: int
+    cached_tokens: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One encoded piece of KV as it lies in the receiver's extent.
+
+    Attributes:
+        layer: decoder layer, or -1 for an image embedding.
+        start_token: first cache slot it covers.
+        tokens: how many slots.
+        offset_bytes: from the start of the extent.
+        encoded_bytes: length.
+        checksum: 16 bytes, XXH3-128 over the encoded bytes.
+    """
+
+    layer: int
+    start_token: int
+    tokens: int
+    offset_bytes: int
+    encoded_bytes: int
+    checksum: bytes
+
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What must have arrived before decode starts.
+
+    Attributes:
+        source_worker: who wrote it, with its epoch.
+        layer_tokens: cache length per layer after this transfer (ragged after in-model pruning).
+        next_position: position of the first generated token.
+        first_token_ids: tokens sampled by the prefill side (usually one).
+        raw_bytes: what the same KV would have taken without codec, for the usage report.
+    """
+
+    request_id: str
+    attempt: int
+    source_worker: str
+    source_epoch: int
+    namespace: bytes
+    layout_fingerprint: bytes
+    codec: MethodSpec
+    layer_tokens: tuple[int, ...]
+    next_position: int
+    first_token_ids: tuple[int, ...]
+    payloads: tuple[Payload, ...]
+    raw_bytes: int
+    version: int = MANIFEST_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """What the prefill side measured for one request, for the usage report."""
+
+    worker_id: str = ""
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    images: int = 0
+    images_cached: int = 0
+    encode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    kv_bytes_raw: int = 0
+    kv_bytes_kept: int = 0
+    kv_bytes_sent: int = 0
+    transfer_ms: float = 0.0
+    transfer_exposed_ms: float = 0.0
+    transport: str = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one engine step produced for one request."""
+
+    request_id: str
+    attempt: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    error: str = ""
+    report: PrefillReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """Where a request goes, and why.
+
+    ``prefill_worker`` None means the decode worker prefills locally. ``pull_from`` names a worker that holds
+    ``pull_blocks`` leading blocks the prefill worker lacks. ``embedding_holders`` gives, per image, a worker that
+    holds its embeddings, or "".
+    """
+
+    decode_worker: str
+    prefill_worker: str | None
+    reason: str
+    pull_from: str | None = None
+    pull_blocks: int = 0
+    embedding_holders: tuple[str, ...] = ()
+
+
+def namespace(model_fingerprint: bytes, layout: KVLayout, tenant_salt: bytes) -> bytes:
+    """The root of a request's block-key chain: model, KV layout and tenant."""
+    if len(model_fingerprint) != DIGEST_BYTES:
+        message = f"model_fingerprint must be {DIGEST_BYTES} bytes, got {len(model_fingerprint)}"
+        raise ValueError(message)
+    return digest("namespace", model_fingerprint, layout.fingerprint(), tenant_salt)
+
+
+def wire_namespace(root: bytes, codec: MethodSpec, *, lossy: bool) -> bytes:
+    """The chain root for KV that crossed the wire under ``codec``."""
+    return digest("namespace-wire", root, codec.fingerprint()) if lossy else root
