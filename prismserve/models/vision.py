@@ -1,0 +1,153 @@
+"""Vision towers of the CLIP and SigLIP line, from transformers, run only as deep as the projector reads.
+
+What compression asks for beside the features (attention of the class token, keys) is computed from the hidden state
+that enters the layer in question, so the tower keeps its fused attention and no [N, N] matrix is ever held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prismserve.core.errors import ModelLoadError
+from prismserve.models.base import NEED_CLS_ATTENTION, NEED_ENCODER_KEYS
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PretrainedConfig
+
+# Vision model types of transformers with this module's structure, and whether they put a class token first.
+CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False}
+_TILE_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class TowerPlan:
+    """Which hidden states of the tower are read.
+
+    Attributes:
+        depths: per feature layer, after how many encoder layers it is read, in the order they are concatenated.
+        class_token: whether row 0 of the hidden states is a class token.
+        keep_class_token: whether the projector reads the class token too.
+    """
+
+    depths: tuple[int, ...]
+    class_token: bool
+    keep_class_token: bool
+
+    @property
+    def depth(self) -> int:
+        """Encoder layers that have to run; the last of them is the one compression asks about."""
+        return max(self.depths)
+
+    @classmethod
+    def read(cls, vision: PretrainedConfig, feature_layer: int | list[int], strategy: str) -> TowerPlan:
+        """Resolve ``vision_feature_layer`` and ``vision_feature_select_strategy`` of a configuration.
+
+        Raises:
+            ModelLoadError: unsupported tower, layer out of range, or a strategy the tower cannot follow.
+        """
+        kind = vision.model_type
+        if kind not in CLASS_TOKEN:
+            message = f"vision tower {kind!r} is not supported; supported: {', '.join(sorted(CLASS_TOKEN))}"
+            raise ModelLoadError(message, field="model")
+        if strategy not in {"default", "full"}:
+            message = f"vision_feature_select_strategy must be 'default' or 'full', got {strategy!r}"
+            raise ModelLoadError(message, field="model")
+        if strategy == "default" and not CLASS_TOKEN[kind]:
+            message = f"vision_feature_select_strategy 'default' drops a class token, which {kind!r} does not have"
+            raise ModelLoadError(message, field="model")
+        layers = vision.num_hidden_layers
+        wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+        depths = tuple(layer if layer >= 0 else layers + 1 + layer for layer in wanted)
+        if not depths or max(depths) < 1 or not all(0 <= depth <= layers for depth in depths):
+            message = f"vision_feature_layer {feature_layer} does not fit a tower of {layers} layers"
+            raise ModelLoadError(message, field="model")
+        return cls(depths, CLASS_TOKEN[kind], keep_class_token=CLASS_TOKEN[kind] and strategy == "full")
+
+
+class VisionTower(nn.Module):
+    """Embeddings and encoder layers of a transformers vision model, up to the depth of the plan."""
+
+    def __init__(self, vision: PretrainedConfig, plan: TowerPlan, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Imported here: processors and routers read configurations without paying for the model code.
+        from transformers.initialization import no_init_weights
+        from transformers.models.auto.modeling_auto import AutoModel
+
+        self.plan = plan
+        shallow = type(vision).from_dict({**vision.to_dict(), "num_hidden_layers": plan.depth})
+        shallow._attn_implementation = "sdpa"  # noqa: SLF001 - transformers has no public setter
+        with no_init_weights():
+            model: Any = AutoModel.from_config(shallow)
+        self.embeddings: nn.Module = model.embeddings
+        self.pre_norm: nn.Module | None = getattr(model, "pre_layrnorm", None)
+        self.layers: nn.ModuleList = model.encoder.layers
+        self.requires_grad_(requires_grad=False)
+        self.to(device=device, dtype=dtype)
+        self.eval()
+
+    def forward(
+        self, pixels: torch.Tensor, needs: frozenset[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encode one image.
+
+        Args:
+            pixels: [3, height, width] in the tower's dtype.
+            needs: of ``cls_attention`` and ``encoder_keys``.
+
+        Returns:
+            Features [N, C] with the feature layers side by side; cls_attention [H, N] float32 or None; keys [N, H, d]
+            or None.
+        """
+        hidden = self.embeddings(pixels.unsqueeze(0))
+        if self.pre_norm is not None:
+            hidden = self.pre_norm(hidden)
+        states = {0: hidden} if 0 in self.plan.depths else {}
+        entering = hidden
+        for depth, layer in enumerate(self.layers, start=1):
+            entering = hidden
+            hidden = layer(hidden, attention_mask=None)
+            if depth in self.plan.depths:
+                states[depth] = hidden
+        first = 1 if self.plan.class_token and not self.plan.keep_class_token else 0
+        features = torch.cat([states[depth][0, first:] for depth in self.plan.depths], dim=-1)
+        attention, keys = self._taps(entering, needs, first)
+        return features, attention, keys
+
+    def _taps(
+        self, entering: torch.Tensor, needs: frozenset[str], first: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Attention and keys of the last layer run, from the hidden state [1, N(+1), C] that entered it."""
+        if not needs:
+            return None, None
+        layer: Any = self.layers[-1]
+        attention = layer.self_attn
+        normed = layer.layer_norm1(entering)[0]
+        heads = attention.num_heads
+        keys = attention.k_proj(normed).view(normed.shape[0], heads, -1)
+        salience = None
+        if NEED_CLS_ATTENTION in needs:
+            by_head = keys.float().permute(1, 2, 0)
+            rows = normed[:1] if self.plan.class_token else normed
+            queries = attention.q_proj(rows).view(rows.shape[0], heads, -1).float().transpose(0, 1) * attention.scale
+            salience = _mean_received(queries, by_head)[:, first:]
+        return salience, keys[first:] if NEED_ENCODER_KEYS in needs else None
+
+
+def _mean_received(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Mean over query rows of the softmax attention each key receives, per head, a tile of rows at a time.
+
+    Args:
+        queries: [H, Q, d] float32, scaled.
+        keys: [H, d, N] float32.
+
+    Returns:
+        [H, N] float32; with one query row, its attention.
+    """
+    received = queries.new_zeros((keys.shape[0], keys.shape[2]))
+    for start in range(0, queries.shape[1], _TILE_ROWS):
+        received += (queries[:, start : start + _TILE_ROWS] @ keys).softmax(dim=-1).sum(dim=1)
+    return received / queries.shape[1]
