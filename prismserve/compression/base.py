@@ -1,0 +1,140 @@
+"""What a compression method declares, and the tensors it sees."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import Field
+
+from prismserve.core.config import FrozenConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from prismserve.core.types import KVLayout
+
+
+class Stage(enum.StrEnum):
+    """Where a method acts."""
+
+    VISUAL = "visual"
+    PREFILL = "prefill"
+    KV = "kv"
+    DECODE = "decode"
+    CODEC = "codec"
+
+
+class Share(enum.StrEnum):
+    """May the result be reused by another request."""
+
+    AGNOSTIC = "AGN"
+    AGNOSTIC_IN_MODEL = "AGN*"
+    QUERY = "QRY"
+    READ_ONLY = "RO"
+    PRIVATE = "PRIV"
+
+
+class Need(enum.StrEnum):
+    """What the engine must provide beside the tokens themselves."""
+
+    CLS_ATTENTION = "cls_attention"
+    ENCODER_KEYS = "encoder_keys"
+
+
+@dataclass(frozen=True, slots=True)
+class VisualFeatures:
+    """One image after the vision encoder, before the projector.
+
+    Attributes:
+        tokens: [N, C] patch features of the layer the projector reads.
+        grid: (rows, columns), rows x columns = N, raster order.
+        cls_attention: [H, N] float32, softmax attention of the class token to the patches in the encoder layer that
+            made ``tokens``; None unless asked for by ``needs``. Rows sum to 1 minus the class token's own share.
+        keys: [N, H, d] keys of that layer; None unless asked for.
+        seed: 8 bytes from the pixel hash, the only randomness a method may use.
+    """
+
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+    seed: bytes
+    cls_attention: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VisualPlan:
+    """Which tokens of an image survive, and how others are folded into them.
+
+    Attributes:
+        indices: [k] int64, ascending, unique raster indices; survivors keep these positions.
+        weights: None, or [k, N] float32; survivor i becomes ``weights[i] @ tokens``.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class KeepConfig(FrozenConfig):
+    """Budget of a visual method: ``keep`` is a number of tokens (int) or a share of them (float below or equal 1.0)."""
+
+    keep: int | float = Field(default=1.0, gt=0)
+
+    def kept(self, tokens: int) -> int:
+        """Tokens kept of ``tokens``: at least 1, at most all."""
+        wanted = self.keep if isinstance(self.keep, int) else round(self.keep * tokens)
+        return max(1, min(tokens, int(wanted)))
+
+
+class VisualMethod(Protocol):
+    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    stage: ClassVar[Stage]
+    share: ClassVar[Share]
+    nested: ClassVar[bool]
+    needs: ClassVar[frozenset[Need]]
+    Config: ClassVar[type[KeepConfig]]
+
+    def kept_tokens(self, config: Any, tokens: int) -> int:
+        """How many of ``tokens`` remain; exact, known before the image is encoded."""
+        ...
+
+    def plan(self, features: VisualFeatures, config: Any) -> VisualPlan:
+        """Choose; pure, deterministic, scores in float32, ties broken by index."""
+        ...
+
+
+class Codec(Protocol):
+    """An encoding of KV on the wire. A file ``codec/<name>.py`` exports one as ``METHOD``."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    stage: ClassVar[Stage]
+    lossy: ClassVar[bool]
+    Config: ClassVar[type[FrozenConfig]]
+
+    def encoded_bytes(self, tokens: int, layout: KVLayout, config: Any) -> int:
+        """Exact size of one layer's K and V of ``tokens`` tokens after encoding, in bytes."""
+        ...
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, config: Any) -> torch.Tensor:
+        """Encode one layer.
+
+        Args:
+            keys: [T, kv_heads, head_dim], after RoPE.
+            values: [T, kv_heads, head_dim].
+            config: an instance of ``Config``.
+
+        Returns:
+            uint8, 1-D, ``encoded_bytes`` long.
+        """
+        ...
+
+    def decode(
+        self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype."""
+        ...

@@ -1,0 +1,59 @@
+"""The identity on the wire: keys, then values, as they lie in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from prismserve.compression.base import Stage
+from prismserve.core.config import FrozenConfig
+from prismserve.core.errors import IncompatibleLayoutError
+
+if TYPE_CHECKING:
+    from prismserve.core.types import KVLayout
+
+
+class NoneConfig(FrozenConfig):
+    """Takes no parameters."""
+
+
+class NoCodec:
+    """Raw bytes in the layout's dtype and the machine's byte order: keys [T, kv_heads, head_dim], then values."""
+
+    name: ClassVar[str] = "none"
+    version: ClassVar[int] = 1
+    stage: ClassVar[Stage] = Stage.CODEC
+    lossy: ClassVar[bool] = False
+    Config: ClassVar[type[FrozenConfig]] = NoneConfig
+
+    def encoded_bytes(self, tokens: int, layout: KVLayout, config: FrozenConfig) -> int:  # noqa: ARG002 - no parameters
+        """``tokens`` times the layout's bytes of one token in one layer."""
+        return tokens * layout.token_layer_bytes
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, config: FrozenConfig) -> torch.Tensor:  # noqa: ARG002
+        """Copy both tensors into one uint8 vector."""
+        return torch.cat([keys.reshape(-1), values.reshape(-1)]).view(torch.uint8)
+
+    def decode(
+        self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: FrozenConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split into keys and values, each [T, kv_heads, head_dim].
+
+        They share memory with ``encoded`` where it is aligned to the dtype.
+
+        Raises:
+            IncompatibleLayoutError: the length is not that of ``tokens`` tokens of this layout.
+        """
+        wanted = self.encoded_bytes(tokens, layout, config)
+        if encoded.numel() != wanted:
+            message = f"a payload of {tokens} tokens has {encoded.numel()} bytes and must have {wanted}"
+            raise IncompatibleLayoutError(message)
+        if encoded.storage_offset() % layout.dtype_bytes or encoded.data_ptr() % layout.dtype_bytes:
+            encoded = encoded.clone()
+        dtype: torch.dtype = getattr(torch, layout.dtype)
+        keys, values = encoded.view(dtype).view(2, tokens, layout.kv_heads, layout.head_dim)
+        return keys, values
+
+
+METHOD = NoCodec()

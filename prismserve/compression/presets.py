@@ -1,0 +1,200 @@
+"""The API field ``compression``: from a name or an object to a normalised plan.
+
+Accepted forms::
+
+    "balanced"                                   a preset
+    "visionzip"                                  a visual method with its defaults
+    {"preset": "balanced",                       what the object leaves out; the server default if absent
+     "visual": {"method": "visionzip", "keep": 64},
+     "wire": {"codec": "int8"}}
+
+Inside an object a string stands for the bare name (``"wire": "int8"``), and leaving out ``method`` or ``codec`` keeps
+the one below and changes its parameters only. ``null`` is the same as absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from prismserve.compression import loader
+from prismserve.core.errors import InvalidRequestError, UnknownMethodError
+from prismserve.core.types import CompressionPlan, MethodSpec
+
+if TYPE_CHECKING:
+    from prismserve.compression.base import Codec, VisualMethod
+
+FIELD: Final = "compression"
+TEXT_MAX: Final = 64
+"""Longest name, key or string value, in characters."""
+KEYS_MAX: Final = 16
+"""Most keys of one object."""
+INTEGER_MAX: Final = 2**53
+"""Largest magnitude of an integer parameter: every JSON reader holds it exactly."""
+
+_Parts = tuple[str, tuple[tuple[str, float], ...], str]
+_PRESETS: Final[Mapping[str, _Parts]] = MappingProxyType(
+    {
+        "off": ("none", (), "none"),
+        "quality": ("visionzip", (("keep", 0.5),), "none"),
+        "balanced": ("visionzip", (("keep", 0.25),), "int8"),
+        "turbo": ("visionzip", (("keep", 0.125),), "int8"),
+    }
+)
+_STAGES: Final[Mapping[str, str]] = MappingProxyType({"visual": "method", "wire": "codec"})
+_CUSTOM: Final = "custom"
+
+
+def names() -> tuple[str, ...]:
+    """The presets, from exact to smallest."""
+    return tuple(_PRESETS)
+
+
+def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionPlan:
+    """Turn what a request asked for into a plan.
+
+    Args:
+        value: the field as it came from JSON: a name, an object, or None for the server's default. Untrusted.
+        default: a preset or visual method name; fills in what ``value`` leaves out.
+
+    Returns:
+        A plan whose specs are normalised: equal requests give equal fingerprints. ``preset`` is the preset's name if
+        nothing was changed in it, else ``"custom"``.
+
+    Raises:
+        UnknownMethodError: no such preset, method or codec; lists those there are.
+        InvalidRequestError: wrong type, unknown key, value out of range; names the field by its path.
+    """
+    if value is None:
+        return _named(default, "")
+    if isinstance(value, str):
+        return _named(_text(value, FIELD), default)
+    asked = _object(value, FIELD)
+    _check_keys(asked, ("preset", *_STAGES), FIELD)
+    base = _base(asked.get("preset"), default)
+    visual = _part(asked.get("visual"), "visual", base.visual)
+    wire = _part(asked.get("wire"), "wire", base.wire)
+    changed = (visual, wire) != (base.visual, base.wire)
+    return CompressionPlan(visual, wire, _CUSTOM if changed else base.preset)
+
+
+def _base(preset: Any, default: str) -> CompressionPlan:
+    if preset is None:
+        return _named(default, "")
+    field = f"{FIELD}.preset"
+    if not isinstance(preset, str):
+        message = f"{field} must be a name, not {_kind(preset)}"
+        raise InvalidRequestError(message, field=field)
+    if _text(preset, field) not in _PRESETS:
+        message = f"unknown preset {preset!r}; available: {', '.join(_PRESETS)}"
+        raise UnknownMethodError(message, field=field)
+    return _named(preset, "")
+
+
+@functools.lru_cache(maxsize=64)
+def _named(name: str, default: str) -> CompressionPlan:
+    """The plan of a preset or visual method name; a method leaves the wire to ``default``, none if that is empty."""
+    if name in _PRESETS:
+        visual, params, wire = _PRESETS[name]
+        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", wire, {}), name)
+    methods = loader.names("visual")
+    if name not in methods:
+        message = f"unknown {FIELD} {name!r}; presets: {', '.join(_PRESETS)}; visual methods: {', '.join(methods)}"
+        raise UnknownMethodError(message, field=FIELD)
+    wire_spec = _named(default, "").wire if default else _spec("wire", "none", {})
+    return CompressionPlan(_spec("visual", name, {}), wire_spec, _CUSTOM)
+
+
+def _part(value: Any, stage: str, base: MethodSpec) -> MethodSpec:
+    """The spec of one stage: ``base`` if absent, by name if a string, else an object of name and parameters."""
+    field, name_key = f"{FIELD}.{stage}", _STAGES[stage]
+    if value is None:
+        return base
+    if isinstance(value, str):
+        return _spec(stage, _text(value, field), {})
+    asked = _object(value, field)
+    name = asked.get(name_key)
+    params = {key: _scalar(item, f"{field}.{key}") for key, item in asked.items() if key != name_key}
+    if name is None:
+        inherited = {key: item for key, item in base.params if key != "version" and base.name != "none"}
+        return _spec(stage, base.name, {**inherited, **params})
+    if not isinstance(name, str):
+        message = f"{field}.{name_key} must be a name, not {_kind(name)}"
+        raise InvalidRequestError(message, field=f"{field}.{name_key}")
+    return _spec(stage, _text(name, f"{field}.{name_key}"), params)
+
+
+def _spec(stage: str, name: str, params: Mapping[str, Any]) -> MethodSpec:
+    field = f"{FIELD}.{stage}"
+    if stage == "visual" and name == "none" and params:
+        key = next(iter(params))
+        message = (
+            f"{field}.{key} has no meaning for method 'none', which keeps every token; name another {field}.method"
+        )
+        raise InvalidRequestError(message, field=f"{field}.{key}")
+    method: VisualMethod | Codec = loader.visual_method(name) if stage == "visual" else loader.codec(name)
+    _check_keys(params, (_STAGES[stage], *method.Config.model_fields), field)
+    return loader.normalise(method, params, field)
+
+
+def _object(value: Any, field: str) -> Mapping[str, Any]:
+    """``value`` as an object with a bounded number of short string keys."""
+    if not isinstance(value, Mapping):
+        message = f"{field} must be a name or an object, not {_kind(value)}"
+        raise InvalidRequestError(message, field=field)
+    if len(value) > KEYS_MAX:
+        message = f"{field} has {len(value)} keys, at most {KEYS_MAX} are allowed"
+        raise InvalidRequestError(message, field=field)
+    for key in value:
+        if not isinstance(key, str):
+            message = f"{field} has a key that is {_kind(key)}, keys are strings"
+            raise InvalidRequestError(message, field=field)
+        _text(key, field)
+    return value
+
+
+def _check_keys(keys: Iterable[str], allowed: tuple[str, ...], field: str) -> None:
+    for key in keys:
+        if key not in allowed:
+            message = f"{field} has no key {key!r}; available: {', '.join(allowed)}"
+            raise InvalidRequestError(message, field=f"{field}.{key}")
+
+
+def _text(value: str, field: str) -> str:
+    if len(value) > TEXT_MAX:
+        message = f"{field} holds a string of {len(value)} characters, at most {TEXT_MAX} are allowed"
+        raise InvalidRequestError(message, field=field)
+    return value
+
+
+def _scalar(value: Any, field: str) -> Any:
+    """A parameter as it may enter a fingerprint: a short string, bool, None, finite float or int of 53 bits."""
+    if isinstance(value, str):
+        return _text(value, field)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) <= INTEGER_MAX:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, int | float):
+        message = f"{field} must be finite and within 2^53"
+    else:
+        message = f"{field} must be a number, a string or true or false, not {_kind(value)}"
+    raise InvalidRequestError(message, field=field)
+
+
+def _kind(value: Any) -> str:
+    """JSON's word for a value's type, for messages that must not repeat the value."""
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "null" if value is None else "a string" if isinstance(value, str) else "of that type"
