@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from prismserve.core.config import FrozenConfig
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     import torch
 
     from prismserve.core.types import KVLayout
+
+
+KEEP_MAX: Final = 1 << 20
+"""No image has more tokens; a larger count is a mistake."""
 
 
 class Stage(enum.StrEnum):
@@ -77,9 +83,25 @@ class VisualPlan:
 
 
 class KeepConfig(FrozenConfig):
-    """Budget of a visual method: ``keep`` is a number of tokens (int) or a share of them (float below or equal 1.0)."""
+    """Budget of a visual method: ``keep`` is a count (int, 1 to 1048576) or a share (float, above 0, at most 1.0).
 
-    keep: int | float = Field(default=1.0, gt=0)
+    A count above the image's tokens keeps them all. ``1`` is one token, ``1.0`` is all of them; because the two are
+    equal in Python, and so in every table keyed by a spec, a share of 1.0 is stored as the largest count.
+    """
+
+    keep: int | float = Field(default=0.25, gt=0)
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _count_or_share(cls, value: Any) -> int | float:
+        if isinstance(value, int) and not isinstance(value, bool):
+            if 1 <= value <= KEEP_MAX:
+                return value
+        elif isinstance(value, float) and math.isfinite(value) and 0.0 < value <= 1.0:
+            return value if value < 1.0 else KEEP_MAX
+        kind = "keep"
+        reason = "must be a count of tokens (integer, 1 to 1048576) or a share of them (float above 0.0, at most 1.0)"
+        raise PydanticCustomError(kind, reason)
 
     def kept(self, tokens: int) -> int:
         """Tokens kept of ``tokens``: at least 1, at most all."""
@@ -96,7 +118,7 @@ class VisualMethod(Protocol):
     share: ClassVar[Share]
     nested: ClassVar[bool]
     needs: ClassVar[frozenset[Need]]
-    Config: ClassVar[type[KeepConfig]]
+    Config: ClassVar[type[FrozenConfig]]
 
     def kept_tokens(self, config: Any, tokens: int) -> int:
         """How many of ``tokens`` remain; exact, known before the image is encoded."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import pkgutil
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
 from prismserve.core.errors import InvalidRequestError, UnknownMethodError
+from prismserve.core.hashing import canonical_json
 from prismserve.core.types import MethodSpec
 
 if TYPE_CHECKING:
@@ -62,12 +64,17 @@ def normalise(method: VisualMethod | Codec, params: Mapping[str, Any], field: st
     return MethodSpec(method.name, tuple(sorted(values.items())))
 
 
-@functools.lru_cache(maxsize=1024)
 def config_of(spec: MethodSpec, stage: str) -> FrozenConfig:
     """The validated configuration of a normalised spec."""
-    method: VisualMethod | Codec = visual_method(spec.name) if stage == "visual" else codec(spec.name)
-    params = {name: value for name, value in spec.params if name != "version"}
-    return method_config(method, params, f"compression.{stage}")
+    # Specs that differ only in int against float are equal in Python; their canonical bytes are not.
+    return _config(stage, spec.name, canonical_json(dict(spec.params)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(stage: str, name: str, params: bytes) -> FrozenConfig:
+    method: VisualMethod | Codec = visual_method(name) if stage == "visual" else codec(name)
+    values = {key: value for key, value in json.loads(params).items() if key != "version"}
+    return method_config(method, values, f"compression.{stage}")
 
 
 def kept_tokens(spec: MethodSpec, tokens: int) -> int:

@@ -124,3 +124,23 @@ class TransportError(TransferError):
 
 class IndexUnavailableError(PrismServeError):
     """The index cannot be reached; serving goes on with what is known locally."""
+
+
+RETRYABLE_PREFIX = "retryable: "
+"""Begins the text of an error that another placement may not repeat."""
+OVERLOADED_PREFIX = "retryable: overloaded: "
+"""The same, when the worker was only too busy."""
+INVALID_PREFIX = "invalid: "
+"""Begins the text of an error that is the caller's; only these are shown to clients."""
+
+_RETRYABLE = (TransferError, DeadlineExceededError, WorkerUnavailableError)
+_INVALID = (InvalidRequestError, OutOfBlocksError)
+
+
+def outcome_text(error: PrismServeError) -> str:
+    """How a worker words an error for the router: a prefix that says what may be done about it, then the sentence."""
+    if isinstance(error, OverloadedError):
+        return OVERLOADED_PREFIX + error.message
+    if isinstance(error, _INVALID):
+        return INVALID_PREFIX + error.message
+    return (RETRYABLE_PREFIX if isinstance(error, _RETRYABLE) else "") + error.message

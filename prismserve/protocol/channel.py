@@ -29,6 +29,7 @@ SERVER_OPTIONS: Final = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
 )
 
@@ -49,11 +50,6 @@ class ClusterSecretInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(self, secret: str) -> None:
         self._secret = secret.encode()
 
-        async def refuse(_request: Any, context: aio.ServicerContext[Any, Any]) -> None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster secret is missing or wrong")
-
-        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
-
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
@@ -65,4 +61,15 @@ class ClusterSecretInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]
                 given = value if isinstance(value, bytes) else value.encode()
                 if hmac.compare_digest(given, self._secret):
                     return await continuation(handler_call_details)
-        return self._refusal
+        return _refusal(await continuation(handler_call_details))
+
+
+def _refusal(handler: grpc.RpcMethodHandler[Any, Any] | None) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the same shape that refuses, so that streams are told why as well."""
+
+    async def refuse(_request: Any, context: aio.ServicerContext[Any, Any]) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster secret is missing or wrong")
+
+    if handler is not None and handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.unary_unary_rpc_method_handler(refuse)

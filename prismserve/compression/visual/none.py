@@ -6,7 +6,12 @@ from typing import ClassVar
 
 import torch
 
-from prismserve.compression.base import KeepConfig, Need, Share, Stage, VisualFeatures, VisualPlan
+from prismserve.compression.base import Need, Share, Stage, VisualFeatures, VisualPlan
+from prismserve.core.config import FrozenConfig
+
+
+class NoParameters(FrozenConfig):
+    """There is nothing to set."""
 
 
 class NoCompression:
@@ -18,13 +23,13 @@ class NoCompression:
     share: ClassVar[Share] = Share.AGNOSTIC
     nested: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset()
-    Config: ClassVar[type[KeepConfig]] = KeepConfig
+    Config: ClassVar[type[FrozenConfig]] = NoParameters
 
-    def kept_tokens(self, config: KeepConfig, tokens: int) -> int:  # noqa: ARG002 - the budget is always all
+    def kept_tokens(self, config: FrozenConfig, tokens: int) -> int:  # noqa: ARG002 - the budget is always all
         """All of them."""
         return tokens
 
-    def plan(self, features: VisualFeatures, config: KeepConfig) -> VisualPlan:  # noqa: ARG002
+    def plan(self, features: VisualFeatures, config: FrozenConfig) -> VisualPlan:  # noqa: ARG002
         """Every index, no merging."""
         return VisualPlan(torch.arange(features.tokens.shape[0], device=features.tokens.device))
 

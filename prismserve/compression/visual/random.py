@@ -7,8 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from prismserve.compression.base import Need, Share, Stage, VisualFeatures, VisualPlan
-from prismserve.compression.visual._budget import Budget
+from prismserve.compression.base import KeepConfig, Need, Share, Stage, VisualFeatures, VisualPlan
 
 
 class RandomPruning:
@@ -24,13 +23,13 @@ class RandomPruning:
     share: ClassVar[Share] = Share.AGNOSTIC
     nested: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset()
-    Config: ClassVar[type[Budget]] = Budget
+    Config: ClassVar[type[KeepConfig]] = KeepConfig
 
-    def kept_tokens(self, config: Budget, tokens: int) -> int:
+    def kept_tokens(self, config: KeepConfig, tokens: int) -> int:
         """Exactly ``config.kept(tokens)``."""
         return config.kept(tokens)
 
-    def plan(self, features: VisualFeatures, config: Budget) -> VisualPlan:
+    def plan(self, features: VisualFeatures, config: KeepConfig) -> VisualPlan:
         """Draw ``kept_tokens`` indices; nothing is merged."""
         count = features.tokens.shape[0]
         generator = np.random.Philox(key=int.from_bytes(features.seed[:8], "little"))

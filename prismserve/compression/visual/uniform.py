@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from prismserve.compression.base import Need, Share, Stage, VisualFeatures, VisualPlan
-from prismserve.compression.visual._budget import Budget
+from prismserve.compression.base import KeepConfig, Need, Share, Stage, VisualFeatures, VisualPlan
 
 
 class UniformPruning:
@@ -19,13 +18,13 @@ class UniformPruning:
     share: ClassVar[Share] = Share.AGNOSTIC
     nested: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset()
-    Config: ClassVar[type[Budget]] = Budget
+    Config: ClassVar[type[KeepConfig]] = KeepConfig
 
-    def kept_tokens(self, config: Budget, tokens: int) -> int:
+    def kept_tokens(self, config: KeepConfig, tokens: int) -> int:
         """Exactly ``config.kept(tokens)``."""
         return config.kept(tokens)
 
-    def plan(self, features: VisualFeatures, config: Budget) -> VisualPlan:
+    def plan(self, features: VisualFeatures, config: KeepConfig) -> VisualPlan:
         """Indices at an even stride; nothing is merged."""
         count = features.tokens.shape[0]
         kept = self.kept_tokens(config, count)

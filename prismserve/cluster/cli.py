@@ -1,0 +1,40 @@
+"""The ``prismserve`` command line. A command is a file in ``commands/`` with ``add_arguments`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "serve": "start a cluster and stay up",
+    "chat": "ask about images in the terminal",
+    "status": "show pools, queues, caches and transfer rates of a running cluster",
+    "doctor": "check this machine and say what to do",
+    "version": "print the version",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run one command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="prismserve", description="Serve large vision-language models.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == chosen:  # only the chosen command is imported: `version` must not wait for torch
+            module = importlib.import_module(f"prismserve.cluster.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    status: int = args.run(args)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The commands of ``prismserve``, one file each: ``add_arguments(parser)`` and ``run(args) -> int`` (the exit code)."""

@@ -1,0 +1,71 @@
+"""The worker roles as Ray Serve deployment classes: a worker host, its role's jobs, and Serve's health check."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from prismserve.cluster.startup import Reporter, configure_logging
+from prismserve.core.errors import PrismServeError
+from prismserve.core.types import Role
+from prismserve.decode_workers.role import attach as attach_decode
+from prismserve.prefill_workers.role import attach as attach_prefill
+from prismserve.worker_runtime.host import WorkerHost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from prismserve.worker_runtime.config import WorkerConfig
+    from prismserve.worker_runtime.runtime import WorkerRuntime
+
+
+def _attach_mixed(runtime: WorkerRuntime) -> None:
+    attach_prefill(runtime)
+    attach_decode(runtime)
+
+
+ATTACH: dict[Role, Callable[[WorkerRuntime], None]] = {
+    Role.PREFILL: attach_prefill,
+    Role.DECODE: attach_decode,
+    Role.MIXED: _attach_mixed,
+}
+
+
+class Worker:
+    """One worker process.
+
+    Args:
+        config: the worker's configuration; an empty ``host`` takes this node's address.
+        board: start-up board, or None.
+        start_timeout_s: how long loading and registering may take.
+        log_level: least severe message that is logged.
+    """
+
+    def __init__(self, config: WorkerConfig, board: Any, start_timeout_s: float, log_level: str) -> None:
+        configure_logging(log_level)
+        report = Reporter(board, f"{config.role.value} worker {os.getpid()}")
+        report("starting")
+        if not config.host:
+            config = config.model_copy(update={"host": ray.util.get_node_ip_address()})
+        try:
+            self._host = WorkerHost(config, ATTACH[config.role], report, start_timeout_s)
+        except PrismServeError as error:
+            report.failed(error.message)
+            raise
+        report("ready")
+
+    def check_health(self) -> None:
+        """Called by Serve; raises when the worker cannot serve any more."""
+        self._host.check()
+
+    def worker_id(self) -> str:
+        """The id this worker registered under."""
+        return self._host.runtime.info.worker_id
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica is asked to stop: drain, then leave the cluster."""
+        host = getattr(self, "_host", None)
+        if host is not None:
+            host.stop(drain=True)

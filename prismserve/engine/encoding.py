@@ -1,0 +1,101 @@
+"""Gets the images of waiting sequences ready, a bounded number per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prismserve.core.errors import InvalidRequestError, PrismServeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from prismserve.core.types import MediaInput, MethodSpec
+    from prismserve.engine.image_cache import ImageCache
+    from prismserve.engine.sequence import ImageSpan, Sequence
+    from prismserve.engine.vision import VisionPipeline
+
+
+@dataclass(slots=True)
+class _Job:
+    """One image to encode, and who waits for it."""
+
+    key: bytes
+    media: MediaInput
+    pixels: torch.Tensor
+    spec: MethodSpec
+    takers: list[Sequence]
+
+
+class ImageStage:
+    """Fills ``Sequence.images`` from the cache or by encoding."""
+
+    def __init__(self, pipeline: VisionPipeline, cache: ImageCache, clock: Callable[[], float]) -> None:
+        """Encode with ``pipeline``; ``clock`` measures, in seconds."""
+        self._pipeline = pipeline
+        self._cache = cache
+        self._clock = clock
+
+    def run(
+        self, candidates: Iterable[tuple[Sequence, int]], max_images: int
+    ) -> tuple[list[tuple[Sequence, PrismServeError]], int]:
+        """Get images ready, in the order given.
+
+        Args:
+            candidates: sequences, each with its number of cached prefix tokens; images wholly within are not needed.
+            max_images: how many may be encoded now; the rest wait for the next step.
+
+        Returns:
+            Sequences that cannot be served, each with its error, and how many images were encoded.
+        """
+        jobs: dict[bytes, _Job] = {}
+        failed: list[tuple[Sequence, PrismServeError]] = []
+        started = self._clock()
+        for sequence, cached_tokens in candidates:
+            try:
+                self._collect(sequence, sequence.missing_images(cached_tokens), jobs, max_images)
+            except PrismServeError as error:
+                failed.append((sequence, error))
+                for job in jobs.values():
+                    job.takers = [taker for taker in job.takers if taker is not sequence]
+        groups: dict[MethodSpec, list[_Job]] = {}
+        for job in jobs.values():
+            if job.takers:
+                groups.setdefault(job.spec, []).append(job)
+        for spec, members in groups.items():
+            failed.extend(self._encode(spec, members))
+        elapsed = self._clock() - started
+        for taker in {id(taker): taker for job in jobs.values() for taker in job.takers}.values():
+            taker.timings.encode_s += elapsed
+        return failed, sum(len(members) for members in groups.values())
+
+    def _collect(self, sequence: Sequence, missing: list[ImageSpan], jobs: dict[bytes, _Job], limit: int) -> None:
+        for span in missing:
+            key, index = span.segment.key, span.segment.media_index
+            held = self._cache.get(key)
+            if held is not None:
+                sequence.images[key] = held
+            elif key in jobs:
+                jobs[key].takers.append(sequence)
+            elif len(jobs) < limit:
+                media = sequence.request.media
+                if not 0 <= index < len(media):
+                    message = f"image {index} must be encoded, but the request carries {len(media)} images"
+                    raise InvalidRequestError(message, field="media", request_id=sequence.request.request_id)
+                pixels = self._pipeline.pixels(media[index], index)
+                sequence.timings.images_encoded += 1
+                jobs[key] = _Job(key, media[index], pixels, sequence.request.compression.visual, [sequence])
+
+    def _encode(self, spec: MethodSpec, jobs: list[_Job]) -> list[tuple[Sequence, PrismServeError]]:
+        try:
+            results = self._pipeline.encode(
+                [job.key for job in jobs], [job.media for job in jobs], [job.pixels for job in jobs], spec
+            )
+        except PrismServeError as error:
+            return [(taker, error) for job in jobs for taker in job.takers]
+        for job, visual in zip(jobs, results, strict=True):
+            for taker in job.takers:
+                taker.images[job.key] = visual
+        return []

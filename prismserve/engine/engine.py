@@ -1,0 +1,330 @@
+"""The engine of one worker: requests in, one step at a time, tokens out."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from prismserve.core.errors import (
+    ConfigurationError,
+    EngineError,
+    InvalidRequestError,
+    OutOfBlocksError,
+    OverloadedError,
+)
+from prismserve.core.types import KVLayout, WorkerStats
+from prismserve.engine.blocks import BlockManager
+from prismserve.engine.encoding import ImageStage
+from prismserve.engine.finish import check_request
+from prismserve.engine.image_cache import ImageCache
+from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
+from prismserve.engine.pool import KVPool
+from prismserve.engine.runner import ModelRunner
+from prismserve.engine.sequence import Sequence, State, Work
+from prismserve.engine.sizing import free_memory, plan_kv_groups
+from prismserve.engine.stepper import Stepper
+from prismserve.engine.vision import VisionPipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Items
+
+    from prismserve.core.types import BlockKey, PrefillReport, Request, TokenOutput
+    from prismserve.engine.config import EngineConfig
+    from prismserve.engine.prefix_cache import CacheEvents
+    from prismserve.models.base import VisionLanguageModel
+    from prismserve.models.processing import Processor
+
+__all__ = ["Engine", "ExportView", "ImportTicket", "LayerSink", "PinnedBlocks"]
+
+
+class Engine:
+    """Continuous batching over a paged KV pool.
+
+    Not thread-safe: one thread (see :class:`prismserve.engine.loop.EngineLoop`) makes all calls, except
+    ``pool.read``, ``pool.write`` and writers from :meth:`import_writer` on blocks an export, pin or import holds,
+    and ``image_cache``.
+
+    A finished request's last output carries the reason, and its last token may be the one that stopped it.
+
+    Attributes:
+        layout: of the KV blocks.
+        pool: the blocks.
+        image_cache: embeddings of images.
+        max_model_len: longest sequence, in positions.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Size and allocate the pool; ConfigurationError if ``config`` and the model or the memory do not agree."""
+        self.config = config
+        self.max_model_len = config.max_model_len or model.max_model_len
+        if self.max_model_len > model.max_model_len:
+            message = f"max_model_len {self.max_model_len} is beyond the model's own {model.max_model_len}"
+            raise ConfigurationError(message, field="max_model_len")
+        decoder = model.decoder.config
+        self.layout = KVLayout(
+            dtype=str(model.dtype).removeprefix("torch."),
+            layers=decoder.layers,
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            block_tokens=config.block_tokens,
+        )
+        free, share = free_memory(model.device)
+        groups = plan_kv_groups(config, self.layout, free, self.max_model_len, share=share)
+        self.pool = KVPool(self.layout, groups, model.device)
+        self.image_cache = ImageCache(config.image_cache_bytes)
+        self._model = model
+        self._clock = clock
+        self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching)
+        self._pipeline = VisionPipeline(model, processor, self.image_cache)
+        images = ImageStage(self._pipeline, self.image_cache, clock)
+        self._stepper = Stepper(
+            model=model,
+            blocks=self._blocks,
+            images=images,
+            runner=ModelRunner(model, self.pool),
+            config=config,
+            max_model_len=self.max_model_len,
+            clock=clock,
+        )
+        self._imports = ImportDesk(self._blocks)
+        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._next_order = 0
+
+    # ---- requests --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        worker: Literal["local", "prefill"],
+        sink_factory: Callable[[ExportView], LayerSink] | None = None,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request: prompt, media and sampling.
+            worker: ``local`` prefills and decodes here; ``prefill`` stops after the first token and keeps the
+                blocks until :meth:`release_export`.
+            sink_factory: called in the engine thread when the blocks are allocated, before the first layer runs.
+
+        Raises:
+            OverloadedError: ``max_waiting`` is reached.
+            InvalidRequestError, ContextLengthError, OutOfBlocksError: the request can never run.
+        """
+        if len(self._stepper.waiting) >= self.config.max_waiting:
+            message = f"the waiting queue is full ({self.config.max_waiting} requests)"
+            raise OverloadedError(message, request_id=request.request_id)
+        work = Work(worker)
+        sequence = self._create(request, work, request.namespace if work is Work.PREFILL else request.wire_namespace)
+        self._check_new(sequence)
+        self._sequences[sequence.identity] = sequence
+        self._stepper.add(sequence, sink_factory)
+
+    def cancel(self, request_id: str, attempt: int) -> bool:
+        """Free everything of a request, wherever it is; False if it is not here.
+
+        Whoever reads an export's blocks must have stopped; late writes to an import's blocks are refused by tag.
+        """
+        adopted = self._imports.cancel_adoptions(request_id, attempt)
+        sequence = self._sequences.pop((request_id, attempt), None)
+        if sequence is None:
+            return adopted
+        if sequence.state is State.IMPORTING:
+            self._imports.abort_sequence(sequence)
+        else:
+            self._stepper.drop(sequence)
+        return True
+
+    def release_export(self, request_id: str, attempt: int) -> None:
+        """Let go of a prefilled request's blocks; nothing happens if it is gone already."""
+        sequence = self._sequences.get((request_id, attempt))
+        if sequence is not None and sequence.state is State.EXPORTING:
+            del self._sequences[sequence.identity]
+            self._stepper.drop(sequence)
+
+    # ---- KV from elsewhere -----------------------------------------------------------------------------------
+
+    def begin_import(self, request: Request) -> ImportTicket:
+        """Allocate blocks for KV computed elsewhere, matching the prefix cache under ``request.wire_namespace``.
+
+        Raises:
+            OverloadedError: no slot or too few blocks now.
+            OutOfBlocksError, InvalidRequestError, ContextLengthError: the request can never run.
+        """
+        taken = len(self._stepper.running) + len(self._stepper.exporting) + self._imports.open
+        if taken >= self.config.max_running:
+            message = f"all {self.config.max_running} running slots are taken"
+            raise OverloadedError(message, request_id=request.request_id)
+        sequence = self._create(request, Work.IMPORT, request.wire_namespace)
+        self._check_new(sequence)
+        blocks = self.pool.blocks_for(sequence.length + 1)
+        ticket = self._imports.begin(sequence, blocks, len(self._stepper.running))
+        self._sequences[sequence.identity] = sequence
+        return ticket
+
+    def import_writer(self, ticket: ImportTicket) -> Callable[[int, int, torch.Tensor, torch.Tensor], None]:
+        """A function (layer, start_token, keys, values) that writes into a ticket's blocks, from any thread.
+
+        It raises LeaseExpiredError once the ticket has ended and its blocks were let go.
+        """
+        return self._imports.writer(ticket)
+
+    def finish_import(
+        self,
+        ticket: ImportTicket,
+        request: Request,
+        first_token_ids: tuple[int, ...],
+        next_position: int,
+        report: PrefillReport | None,
+    ) -> None:
+        """All KV of the ticket is written: publish it and join the running batch.
+
+        The first tokens come out of the next step, with ``report``.
+
+        Raises:
+            EngineError: the ticket has ended, or does not fit what is said; an open ticket stays open.
+        """
+        sequence = self._imports.peek(ticket)
+        if (request.request_id, request.attempt) != sequence.identity or not first_token_ids:
+            message = "an import ends with its own request and at least one token"
+            raise EngineError(message, request_id=ticket.request_id)
+        if next_position != sequence.next_position:
+            message = f"the first token is said to be at position {next_position}, expected {sequence.next_position}"
+            raise EngineError(message, request_id=ticket.request_id)
+        if any(not 0 <= token < self._model.vocab_size for token in first_token_ids):
+            message = f"a first token lies outside the vocabulary of {self._model.vocab_size}"
+            raise EngineError(message, request_id=ticket.request_id)
+        self._imports.finish(ticket)
+        self._stepper.counters.prefix_query_tokens += ticket.prompt_tokens
+        self._stepper.counters.prefix_hit_tokens += ticket.cached_tokens
+        self._stepper.join(sequence, first_token_ids, report)
+        if sequence.ended:
+            del self._sequences[sequence.identity]
+
+    def abort_import(self, ticket: ImportTicket) -> None:
+        """Free a ticket's blocks (an import's or an adoption's); nothing happens if it has ended."""
+        sequence = self._imports.abort(ticket)
+        if sequence is not None and self._sequences.get(sequence.identity) is sequence:
+            del self._sequences[sequence.identity]
+
+    def adopt_prefix_begin(
+        self, request: Request, blocks: int, *, worker: Literal["local", "prefill"] = "prefill"
+    ) -> ImportTicket:
+        """Allocate the request's first ``blocks`` full blocks, to be pulled from a holder before a submit.
+
+        Raises:
+            OverloadedError: too few blocks now.
+        """
+        namespace = request.namespace if worker == "prefill" else request.wire_namespace
+        sequence = self._create(request, Work.IMPORT, namespace)
+        return self._imports.begin_adoption(sequence, blocks, len(self._stepper.running))
+
+    def adopt_prefix_finish(self, ticket: ImportTicket, request: Request) -> None:
+        """The adopted blocks are written: hand them to the prefix cache; EngineError if the ticket has ended."""
+        if (request.request_id, request.attempt) != self._imports.peek(ticket).identity:
+            message = "an adoption ends with its own request"
+            raise EngineError(message, request_id=ticket.request_id)
+        self._imports.finish_adoption(ticket)
+
+    def pin_blocks(self, keys: Items[BlockKey]) -> PinnedBlocks:
+        """Hold the longest leading run of ``keys`` that is cached, until :meth:`unpin`."""
+        return self._imports.pin(keys)
+
+    def unpin(self, pin_id: int) -> None:
+        """Let go of pinned blocks; nothing happens if the pin has ended."""
+        self._imports.unpin(pin_id)
+
+    # ---- running ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`step` would do anything."""
+        return self._stepper.has_work
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last step could move nothing on, because blocks or slots are held by exports or imports."""
+        return self._stepper.stalled
+
+    def step(self) -> list[TokenOutput]:
+        """One iteration: decodes, prefill chunks and admissions in one batch; [] when there was nothing to say."""
+        with torch.inference_mode():
+            outputs = self._stepper.step(self._imports.open)
+        self._forget_ended(outputs)
+        return outputs
+
+    def abandon_step(self, message: str) -> list[TokenOutput]:
+        """After :meth:`step` raised: fail the requests it was computing, or all if those are not known."""
+        outputs = self._stepper.abandon(message)
+        self._forget_ended(outputs)
+        return outputs
+
+    def drain_cache_events(self) -> CacheEvents:
+        """Block keys gained and lost since the last call."""
+        return self._blocks.prefix.drain_events()
+
+    def cached_keys(self) -> list[BlockKey]:
+        """All block keys held, parents first."""
+        return self._blocks.prefix.keys()
+
+    def clear_prefix_cache(self) -> None:
+        """Evict every cached block nobody references."""
+        self._blocks.prefix.clear()
+
+    def stats(self) -> WorkerStats:
+        """What this engine has done and holds; ``worker_id`` and the transfer figures are left to the worker."""
+        stepper, counters = self._stepper, self._stepper.counters
+        return WorkerStats(
+            waiting=len(stepper.waiting),
+            running=len(stepper.running) + len(stepper.exporting) + self._imports.open,
+            kv_blocks_total=self.pool.groups,
+            kv_blocks_used=self.pool.used_groups,
+            kv_blocks_cached=len(self._blocks.prefix),
+            prefix_query_tokens=counters.prefix_query_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            image_queries=counters.image_queries,
+            image_hits=counters.image_hits,
+            encoded_images=self._pipeline.encoded,
+            prefill_tokens=counters.prefill_tokens,
+            decode_tokens=counters.decode_tokens,
+            preemptions=counters.preemptions,
+            prefill_tokens_per_s=stepper.prefill_rate.value,
+            step_ms=stepper.step_ms.value,
+        )
+
+    def check_integrity(self) -> None:
+        """Compare tables, pins, reference counts, the free list and the prefix cache; EngineError on a mismatch."""
+        self._blocks.check(self._sequences.values(), self._imports.held())
+        for identity, sequence in self._sequences.items():
+            if sequence.ended:
+                message = f"request {identity[0]} has ended but is still listed"
+                raise EngineError(message, request_id=identity[0])
+
+    def _create(self, request: Request, work: Work, namespace: bytes) -> Sequence:
+        check_request(request, vocab_size=self._model.vocab_size, max_model_len=self.max_model_len)
+        self._next_order += 1
+        return Sequence.create(self._next_order, request, work, namespace, self.config.block_tokens, self._clock())
+
+    def _check_new(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if sequence.identity in self._sequences:
+            message = f"request {request.request_id!r} attempt {request.attempt} is here already"
+            raise InvalidRequestError(message, field="request_id", request_id=request.request_id)
+        needed = self.pool.blocks_for(sequence.length + 1)
+        if needed > self.pool.groups:
+            message = f"the request needs {needed} KV blocks, the pool has {self.pool.groups}"
+            raise OutOfBlocksError(message, request_id=request.request_id)
+
+    def _forget_ended(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._sequences.pop((output.request_id, output.attempt), None)

@@ -1,0 +1,227 @@
+"""KV that comes from or goes to other workers: tickets for imports, views for exports, pins for pulls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from prismserve.core.errors import EngineError, OutOfBlocksError, OverloadedError
+from prismserve.engine.sequence import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Items
+
+    import torch
+
+    from prismserve.core.types import BlockKey
+    from prismserve.engine.blocks import BlockManager
+    from prismserve.engine.sequence import Sequence
+
+
+class LayerSink(Protocol):
+    """Takes a prefill's KV as it is made."""
+
+    def layer_ready(self, layer: int, start_token: int, tokens: int) -> None:
+        """This layer's KV of these cache slots is final; called in the engine thread, must return at once.
+
+        A PrismServeError raised here ends this request alone.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExportView:
+    """A prefill's blocks, valid until ``release_export`` or ``cancel``.
+
+    Attributes:
+        table: groups, for ``KVPool.read``.
+        prompt_tokens: cache slots to be sent in all, resumed tokens included.
+        cached_tokens: leading slots that hold KV already; the sink hears nothing of them.
+        layer_tokens: cache length per layer after prefill.
+        next_position: position of the first generated token.
+    """
+
+    request_id: str
+    attempt: int
+    table: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    layer_tokens: tuple[int, ...]
+    next_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImportTicket:
+    """Blocks that wait for KV from outside.
+
+    Attributes:
+        table: groups, for ``KVPool.write``.
+        cached_tokens: leading slots that are held already and must not be written.
+        prompt_tokens: slots that must hold KV when the import is finished.
+        generations: tags of ``table``; a write with them is refused once the ticket has ended.
+        ticket_id: unique in the engine.
+    """
+
+    request_id: str
+    attempt: int
+    table: tuple[int, ...]
+    cached_tokens: int
+    prompt_tokens: int
+    generations: tuple[int, ...]
+    ticket_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedBlocks:
+    """Cached blocks held for a reader.
+
+    Attributes:
+        table: groups, for ``KVPool.read``.
+        tokens: slots they hold.
+        pin_id: for ``unpin``.
+    """
+
+    table: tuple[int, ...]
+    tokens: int
+    pin_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    ticket: ImportTicket
+    sequence: Sequence
+    adoption: bool
+
+
+class ImportDesk:
+    """Open tickets and pins."""
+
+    def __init__(self, blocks: BlockManager) -> None:
+        """Allocate from ``blocks``."""
+        self._blocks = blocks
+        self._open: dict[int, _Open] = {}
+        self._pins: dict[int, tuple[int, ...]] = {}
+        self._next_id = 1
+
+    @property
+    def open(self) -> int:
+        """Imports begun and not ended (adoptions are not counted)."""
+        return sum(not entry.adoption for entry in self._open.values())
+
+    def begin(self, sequence: Sequence, blocks: int, reserve: int) -> ImportTicket:
+        """Reserve blocks for a whole prompt; ``reserve`` blocks must remain for running sequences."""
+        sequence.state = State.IMPORTING
+        return self._reserve(sequence, blocks, sequence.length, reserve, adoption=False)
+
+    def begin_adoption(self, sequence: Sequence, blocks: int, reserve: int) -> ImportTicket:
+        """Reserve the first full blocks of a prompt, at most as many as it has."""
+        count = min(blocks, len(sequence.keys))
+        return self._reserve(sequence, count, count * self._blocks.pool.block_tokens, reserve, adoption=True)
+
+    def peek(self, ticket: ImportTicket) -> Sequence:
+        """The sequence of an open ticket; EngineError if it has ended."""
+        entry = self._open.get(ticket.ticket_id)
+        if entry is None:
+            message = "the import has ended already"
+            raise EngineError(message, request_id=ticket.request_id)
+        return entry.sequence
+
+    def finish(self, ticket: ImportTicket) -> Sequence:
+        """End a ticket whose KV is complete: its full blocks are published, its sequence keeps the table."""
+        sequence = self.peek(ticket)
+        del self._open[ticket.ticket_id]
+        sequence.cached = ticket.prompt_tokens
+        self._blocks.publish(sequence, movable=True)
+        return sequence
+
+    def finish_adoption(self, ticket: ImportTicket) -> None:
+        """End an adoption: the blocks are published and let go."""
+        self._blocks.release(self.finish(ticket))
+
+    def abort(self, ticket: ImportTicket) -> Sequence | None:
+        """End a ticket without its KV; None if it has ended already."""
+        entry = self._open.pop(ticket.ticket_id, None)
+        if entry is None:
+            return None
+        self._blocks.release(entry.sequence)
+        return entry.sequence
+
+    def abort_sequence(self, sequence: Sequence) -> None:
+        """End the ticket of an importing sequence."""
+        for entry in list(self._open.values()):
+            if entry.sequence is sequence:
+                self.abort(entry.ticket)
+
+    def cancel_adoptions(self, request_id: str, attempt: int) -> bool:
+        """End a request's adoptions; whether there were any."""
+        found = [
+            entry.ticket
+            for entry in self._open.values()
+            if entry.adoption and entry.sequence.identity == (request_id, attempt)
+        ]
+        for ticket in found:
+            self.abort(ticket)
+        return bool(found)
+
+    def writer(self, ticket: ImportTicket) -> Callable[[int, int, torch.Tensor, torch.Tensor], None]:
+        """A function (layer, start_token, keys, values) that writes into a ticket's blocks, from any thread.
+
+        It raises LeaseExpiredError once the ticket has ended and its blocks were let go.
+        """
+        pool = self._blocks.pool
+
+        def write(layer: int, start_token: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            if start_token < ticket.cached_tokens:
+                message = f"slots below {ticket.cached_tokens} are shared and must not be written"
+                raise EngineError(message, request_id=ticket.request_id)
+            pool.write(layer, ticket.table, start_token, keys, values, ticket.generations)
+
+        return write
+
+    def pin(self, keys: Items[BlockKey]) -> PinnedBlocks:
+        """Hold the longest leading run of ``keys`` that is cached."""
+        table = tuple(self._blocks.prefix.held_run(keys))
+        self._blocks.pool.retain(table)
+        pin_id = self._take_id()
+        self._pins[pin_id] = table
+        return PinnedBlocks(table, len(table) * self._blocks.pool.block_tokens, pin_id)
+
+    def unpin(self, pin_id: int) -> None:
+        """Let go of a pin; nothing happens if it has ended."""
+        self._blocks.prefix.release(self._pins.pop(pin_id, ()))
+
+    def held(self) -> list[tuple[int, ...]]:
+        """Tables of pins and adoptions, for the integrity check."""
+        adoptions = (tuple(entry.sequence.table) for entry in self._open.values() if entry.adoption)
+        return [*self._pins.values(), *adoptions]
+
+    def _reserve(self, sequence: Sequence, blocks: int, tokens: int, reserve: int, *, adoption: bool) -> ImportTicket:
+        request = sequence.request
+        if blocks > self._blocks.pool.groups:
+            message = f"the request needs {blocks} KV blocks, the pool has {self._blocks.pool.groups}"
+            raise OutOfBlocksError(message, request_id=request.request_id)
+        if blocks + reserve > self._blocks.prefix.available() + self._held_in_use(sequence, blocks):
+            message = f"{blocks} KV blocks are needed, {self._blocks.prefix.available()} are available"
+            raise OverloadedError(message, request_id=request.request_id)
+        self._blocks.reserve(sequence, blocks)
+        ticket = ImportTicket(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            table=tuple(sequence.table),
+            cached_tokens=sequence.cached,
+            prompt_tokens=tokens,
+            generations=self._blocks.pool.tags(sequence.table),
+            ticket_id=self._take_id(),
+        )
+        self._open[ticket.ticket_id] = _Open(ticket, sequence, adoption)
+        return ticket
+
+    def _held_in_use(self, sequence: Sequence, blocks: int) -> int:
+        """Matched blocks that cost nothing because someone references them anyway."""
+        references = self._blocks.pool.references
+        return sum(references[group] > 0 for group in self._blocks.prefix.held_run(sequence.keys[:blocks]))
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id

@@ -1,0 +1,235 @@
+"""The KV block pool: storage, reference counts, generation tags, the free list."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+
+from prismserve.core.errors import EngineError, LeaseExpiredError, OutOfBlocksError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from prismserve.core.types import KVLayout
+
+KEYS, VALUES = 0, 1
+
+
+class KVPool:
+    """Blocks of KV, handed out in groups: one block in every layer, under one id.
+
+    A group is *used* (referenced by at least one table or pin), *idle* (unreferenced but listed by the prefix cache)
+    or *free*. Its generation grows each time its last reference goes and it is not listed, and each time it is
+    allocated, so a writer that holds an older generation is refused.
+
+    Counts and lists belong to the engine thread. ``write`` and ``read`` may be called from a transfer thread for
+    groups that thread's import or export holds; the lock orders a checked write against the freeing of its groups.
+
+    Attributes:
+        storage: [groups, layers, 2, block_tokens, kv_heads, head_dim] in the layout's dtype.
+    """
+
+    def __init__(self, layout: KVLayout, groups: int, device: torch.device | str = "cpu") -> None:
+        """Allocate ``groups`` groups of ``layout.block_tokens`` tokens each (memory is touched on first use)."""
+        if groups < 1:
+            message = f"the KV pool needs at least 1 group, got {groups}"
+            raise ValueError(message)
+        self.layout = layout
+        self.groups = groups
+        self.block_tokens = layout.block_tokens
+        shape = (groups, layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
+        self.storage = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        self.references = [0] * groups
+        self.generations = [0] * groups
+        self._listed = bytearray(groups)
+        self._free: deque[int] = deque(range(groups))
+        self._idle = 0
+        self._lock = threading.Lock()
+
+    @property
+    def free_groups(self) -> int:
+        """Groups nobody references and the prefix cache does not list."""
+        return len(self._free)
+
+    @property
+    def idle_groups(self) -> int:
+        """Groups nobody references that the prefix cache lists."""
+        return self._idle
+
+    @property
+    def used_groups(self) -> int:
+        """Groups referenced by a table or a pin."""
+        return self.groups - len(self._free) - self._idle
+
+    def blocks_for(self, tokens: int) -> int:
+        """Groups that hold ``tokens`` tokens."""
+        return -(-tokens // self.block_tokens)
+
+    def can_allocate(self, groups: int) -> bool:
+        """Whether ``groups`` groups are on the free list now."""
+        return groups <= len(self._free)
+
+    def allocate(self, groups: int) -> list[int]:
+        """Take groups from the free list, each with one reference; OutOfBlocksError if there are too few."""
+        if groups > len(self._free):
+            message = f"the KV pool has {len(self._free)} free blocks, {groups} are needed"
+            raise OutOfBlocksError(message)
+        taken = [self._free.popleft() for _ in range(groups)]
+        with self._lock:
+            for group in taken:
+                self.references[group] = 1
+                self.generations[group] += 1
+        return taken
+
+    def retain(self, groups: Iterable[int]) -> None:
+        """Add one reference to each group; each must be used or idle."""
+        for group in groups:
+            if self.references[group] == 0:
+                if not self._listed[group]:
+                    message = f"KV block {group} is free and cannot be referenced"
+                    raise EngineError(message)
+                self._idle -= 1
+            self.references[group] += 1
+
+    def free(self, groups: Iterable[int]) -> list[int]:
+        """Drop one reference of each group.
+
+        Returns:
+            The groups that became idle, in the order given; unlisted ones went to the free list.
+        """
+        idle: list[int] = []
+        with self._lock:
+            for group in groups:
+                if self.references[group] <= 0:
+                    message = f"KV block {group} was freed more often than referenced"
+                    raise EngineError(message)
+                self.references[group] -= 1
+                if self.references[group]:
+                    continue
+                if self._listed[group]:
+                    self._idle += 1
+                    idle.append(group)
+                else:
+                    self.generations[group] += 1
+                    self._free.append(group)
+        return idle
+
+    def list_group(self, group: int) -> None:
+        """Mark a used group as held by the prefix cache: it becomes idle, not free, when its last reference goes."""
+        if self.references[group] == 0 or self._listed[group]:
+            message = f"KV block {group} cannot be listed: it is unreferenced or listed already"
+            raise EngineError(message)
+        self._listed[group] = 1
+
+    def unlist_group(self, group: int) -> None:
+        """Undo :meth:`list_group`; an idle group goes to the free list."""
+        if not self._listed[group]:
+            message = f"KV block {group} is not listed"
+            raise EngineError(message)
+        with self._lock:
+            self._listed[group] = 0
+            if self.references[group] == 0:
+                self._idle -= 1
+                self.generations[group] += 1
+                self._free.append(group)
+
+    def is_listed(self, group: int) -> bool:
+        """Whether the prefix cache lists the group."""
+        return bool(self._listed[group])
+
+    def tags(self, groups: Iterable[int]) -> tuple[int, ...]:
+        """Current generation of each group."""
+        return tuple(self.generations[group] for group in groups)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first ``tokens`` tokens of every layer of one group to another."""
+        self.storage[target, :, :, :tokens].copy_(self.storage[source, :, :, :tokens])
+
+    def write(
+        self,
+        layer: int,
+        table: Sequence[int],
+        start_token: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        generations: Sequence[int] | None = None,
+    ) -> None:
+        """Write one layer's K and V of consecutive tokens.
+
+        Args:
+            layer: decoder layer.
+            table: groups of the sequence, in order; only those the range covers are touched.
+            start_token: first cache slot to write.
+            keys: [T, kv_heads, head_dim].
+            values: [T, kv_heads, head_dim].
+            generations: tag of each group of ``table`` when the caller was given it; LeaseExpiredError, and nothing
+                written, if one has changed since. None leaves the check out.
+        """
+        tokens = keys.shape[0]
+        if tokens == 0:
+            return
+        self._check_range(layer, table, start_token, tokens)
+        heads = (self.layout.kv_heads, self.layout.head_dim)
+        if keys.shape[1:] != heads or values.shape != keys.shape:
+            message = (
+                f"keys {list(keys.shape)} and values {list(values.shape)} must both be [tokens, {heads[0]}, {heads[1]}]"
+            )
+            raise EngineError(message)
+        first, last = start_token // self.block_tokens, (start_token + tokens - 1) // self.block_tokens
+        slots = torch.arange(start_token, start_token + tokens, device=self.storage.device)
+        ids = torch.tensor(table[first : last + 1], device=self.storage.device)
+        rows = ids[slots // self.block_tokens - first]
+        offsets = slots % self.block_tokens
+        with self._lock:
+            if generations is not None:
+                for index in range(first, last + 1):
+                    if self.generations[table[index]] != generations[index]:
+                        message = f"KV block {table[index]} was freed while it was being written; the write is refused"
+                        raise LeaseExpiredError(message)
+            self.storage[rows, layer, KEYS, offsets] = keys.to(self.storage)
+            self.storage[rows, layer, VALUES, offsets] = values.to(self.storage)
+
+    def read(
+        self, layer: int, table: Sequence[int], start_token: int, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy out one layer's K and V of consecutive tokens: two [tokens, kv_heads, head_dim] tensors."""
+        self._check_range(layer, table, start_token, tokens)
+        first, end = start_token // self.block_tokens, -(-(start_token + tokens) // self.block_tokens)
+        ids = torch.tensor(table[first:end], dtype=torch.int64, device=self.storage.device)
+        blocks = self.storage[:, layer].index_select(0, ids)
+        offset = start_token - first * self.block_tokens
+        keys = blocks[:, KEYS].flatten(0, 1)[offset : offset + tokens]
+        values = blocks[:, VALUES].flatten(0, 1)[offset : offset + tokens]
+        return keys, values
+
+    def check(self, expected_references: dict[int, int]) -> None:
+        """Compare counts, marks and the free list with the references the engine knows of; EngineError on a mismatch."""
+        free = set(self._free)
+        if len(free) != len(self._free):
+            message = "the free list names a KV block twice"
+            raise EngineError(message)
+        idle = 0
+        for group in range(self.groups):
+            held = expected_references.get(group, 0)
+            if self.references[group] != held:
+                message = f"KV block {group} has {self.references[group]} references, its tables and pins hold {held}"
+                raise EngineError(message)
+            unlisted_idle = held == 0 and not self._listed[group]
+            idle += held == 0 and bool(self._listed[group])
+            if (group in free) != unlisted_idle:
+                message = f"KV block {group} is {'on' if group in free else 'missing from'} the free list"
+                raise EngineError(message)
+        if idle != self._idle:
+            message = f"{idle} KV blocks are idle, {self._idle} are counted"
+            raise EngineError(message)
+
+    def _check_range(self, layer: int, table: Sequence[int], start_token: int, tokens: int) -> None:
+        if not 0 <= layer < self.layout.layers:
+            message = f"layer {layer} is outside 0..{self.layout.layers - 1}"
+            raise EngineError(message)
+        if start_token < 0 or start_token + tokens > len(table) * self.block_tokens:
+            message = f"tokens {start_token}..{start_token + tokens} do not fit a table of {len(table)} blocks"
+            raise EngineError(message)

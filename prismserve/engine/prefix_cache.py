@@ -1,0 +1,265 @@
+"""Prefix reuse: which group holds the KV of which chained block key, evicted least recently used leaf first."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from prismserve.core.errors import EngineError, OutOfBlocksError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from prismserve.core.prompt import Element
+    from prismserve.core.types import BlockKey
+    from prismserve.engine.pool import KVPool
+
+_CHILDREN_SCANNED = 32
+# Undrained events kept; beyond that the oldest are forgotten, which costs whoever listens a miss, not an error.
+_EVENTS_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """What the cache holds of a sequence.
+
+    Attributes:
+        groups: groups of the leading full blocks.
+        partial_source: a group whose leading tokens continue the match, or None.
+        partial_tokens: how many of its tokens do.
+        tokens: all cached tokens.
+    """
+
+    groups: tuple[int, ...]
+    partial_source: int | None
+    partial_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """Net change of the held keys since the last drain."""
+
+    added: list[BlockKey]
+    removed: list[BlockKey]
+
+    def __bool__(self) -> bool:
+        """Whether anything changed."""
+        return bool(self.added or self.removed)
+
+
+@dataclass(slots=True)
+class _Node:
+    parent: bytes
+    group: int
+    block: tuple[Element, ...]
+    stamp: int
+    children: dict[BlockKey, None] = field(default_factory=dict)
+
+
+def _common_prefix(left: Sequence[Element], right: Sequence[Element], limit: int) -> int:
+    count = 0
+    for a, b in zip(left, islice(right, limit), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+class PrefixCache:
+    """A tree over block keys whose nodes name groups of the pool.
+
+    Invariant: a table that references a listed group references all its ancestors too, so every idle group can be
+    evicted in time by taking leaves. All references taken by tables and pins are dropped through :meth:`release`.
+
+    Attributes:
+        enabled: whether anything is held at all.
+    """
+
+    def __init__(self, pool: KVPool, *, enabled: bool = True) -> None:
+        """List groups of ``pool``; a disabled cache holds nothing and matches nothing."""
+        self._pool = pool
+        self.enabled = enabled
+        self._nodes: dict[BlockKey, _Node] = {}
+        self._key_of: dict[int, BlockKey] = {}
+        self._roots: dict[bytes, dict[BlockKey, None]] = {}
+        self._heap: list[tuple[int, BlockKey]] = []
+        self._clock = 0
+        self._added: dict[BlockKey, None] = {}
+        self._removed: dict[BlockKey, None] = {}
+
+    def __len__(self) -> int:
+        """Keys held."""
+        return len(self._nodes)
+
+    def keys(self) -> list[BlockKey]:
+        """Keys of all full blocks held, parents before their children."""
+        return [key for key, node in self._nodes.items() if self._is_full(node)]
+
+    def available(self) -> int:
+        """Groups that can be allocated now, evicting idle ones as needed."""
+        return self._pool.free_groups + self._pool.idle_groups
+
+    def held_run(self, keys: Iterable[BlockKey]) -> list[int]:
+        """Groups of the longest leading run of ``keys`` that is held; a run starts at a root and follows the chain."""
+        groups: list[int] = []
+        previous: bytes | None = None
+        for key in keys:
+            node = self._nodes.get(key)
+            if node is None or not self._is_full(node):
+                break
+            # Keys may come from another worker: a reference that leaves out an ancestor would break eviction.
+            if node.parent != previous if previous is not None else node.parent in self._nodes:
+                break
+            groups.append(node.group)
+            previous = key
+        return groups
+
+    def match(self, namespace: bytes, keys: Sequence[BlockKey], slots: Sequence[Element], limit: int) -> PrefixMatch:
+        """Find the longest cached prefix.
+
+        Args:
+            namespace: root of the chain.
+            keys: chained keys of the full blocks of ``slots``.
+            slots: elements of the sequence.
+            limit: match at most this many tokens.
+
+        Returns:
+            The match; nothing is referenced yet, so take references before the next allocation.
+        """
+        block = self._pool.block_tokens
+        groups = self.held_run(keys[: limit // block])
+        parent = keys[len(groups) - 1] if groups else namespace
+        start = len(groups) * block
+        best, source = 0, None
+        rest = slots[start : min(limit, start + block)]
+        siblings = self._nodes[parent].children if groups else self._roots.get(namespace, {})
+        for key in islice(reversed(siblings), _CHILDREN_SCANNED) if rest else ():
+            node = self._nodes[key]
+            common = _common_prefix(rest, node.block, len(rest))
+            if common > best:
+                best, source = common, node.group
+        return PrefixMatch(tuple(groups), source, best, start + best)
+
+    def insert(self, parent: bytes, key: BlockKey, group: int, block: Sequence[Element]) -> int:
+        """List a block that is referenced by its sequence.
+
+        Args:
+            parent: the previous block's key, or the namespace.
+            key: the block's key.
+            group: who holds its KV.
+            block: its elements. Fewer than a block's tokens make it a tail: it can be copied from but is never
+                matched whole, has no children and is not announced.
+
+        Returns:
+            The group listed under ``key``: ``group``, or another that was listed earlier.
+        """
+        if not self.enabled:
+            return group
+        known = self._nodes.get(key)
+        if known is not None:
+            return known.group
+        self._pool.list_group(group)
+        self._clock += 1
+        self._nodes[key] = _Node(parent, group, tuple(block), self._clock)
+        self._key_of[group] = key
+        owner = self._nodes.get(parent)
+        siblings = owner.children if owner is not None else self._roots.setdefault(parent, {})
+        siblings[key] = None
+        if len(block) == self._pool.block_tokens:
+            self._note(key, gained=self._added, lost=self._removed)
+        return group
+
+    def release(self, groups: Sequence[int]) -> None:
+        """Drop one reference of each group; the later a group in its table, the earlier it is evicted."""
+        for group in self._pool.free(groups):
+            node = self._nodes[self._key_of[group]]
+            self._clock += 1
+            node.stamp = self._clock
+            if not node.children:
+                heapq.heappush(self._heap, (node.stamp, self._key_of[group]))
+        if len(self._heap) > 2 * len(self._nodes) + 64:
+            self._heap = [entry for entry in self._heap if self._is_victim(*entry)]
+            heapq.heapify(self._heap)
+
+    def allocate(self, groups: int) -> list[int]:
+        """Allocate, evicting idle leaves as needed; OutOfBlocksError if too few groups are free or idle."""
+        if groups > self.available():
+            message = f"the KV pool can give {self.available()} blocks, {groups} are needed"
+            raise OutOfBlocksError(message)
+        while not self._pool.can_allocate(groups):
+            self._evict_one()
+        return self._pool.allocate(groups)
+
+    def clear(self) -> None:
+        """Evict every idle block."""
+        while self._pool.idle_groups:
+            self._evict_one()
+
+    def drain_events(self) -> CacheEvents:
+        """Keys gained and lost since the last call; a key gained and lost in between appears in neither."""
+        events = CacheEvents(list(self._added), list(self._removed))
+        self._added.clear()
+        self._removed.clear()
+        return events
+
+    def check(self) -> None:
+        """Verify the tree against the pool; EngineError names the first mismatch."""
+        for key, node in self._nodes.items():
+            siblings = self._nodes[node.parent].children if node.parent in self._nodes else self._roots.get(node.parent)
+            if siblings is None or key not in siblings:
+                message = f"the cached block in group {node.group} is missing from its parent"
+                raise EngineError(message)
+            if self._key_of.get(node.group) != key or not self._pool.is_listed(node.group):
+                message = f"group {node.group} is cached but not listed"
+                raise EngineError(message)
+            parent = self._nodes.get(node.parent)
+            if parent is not None and self._pool.references[parent.group] < self._pool.references[node.group]:
+                message = f"group {node.group} is referenced more often than its parent group {parent.group}"
+                raise EngineError(message)
+        listed = sum(self._pool.is_listed(group) for group in range(self._pool.groups))
+        if listed != len(self._nodes) or len(self._key_of) != len(self._nodes):
+            message = f"{listed} groups are listed, {len(self._nodes)} are cached"
+            raise EngineError(message)
+
+    def _is_victim(self, stamp: int, key: BlockKey) -> bool:
+        node = self._nodes.get(key)
+        return node is not None and node.stamp == stamp and not node.children and self._pool.references[node.group] == 0
+
+    def _evict_one(self) -> None:
+        while True:
+            if not self._heap:
+                message = "no idle KV block can be evicted although some are counted as idle"
+                raise EngineError(message)
+            stamp, key = heapq.heappop(self._heap)
+            if self._is_victim(stamp, key):
+                break
+        node = self._nodes.pop(key)
+        del self._key_of[node.group]
+        self._pool.unlist_group(node.group)
+        parent = self._nodes.get(node.parent)
+        if parent is not None:
+            del parent.children[key]
+            if not parent.children and self._pool.references[parent.group] == 0:
+                heapq.heappush(self._heap, (parent.stamp, node.parent))
+        else:
+            siblings = self._roots[node.parent]
+            del siblings[key]
+            if not siblings:
+                del self._roots[node.parent]
+        if self._is_full(node):
+            self._note(key, gained=self._removed, lost=self._added)
+
+    def _is_full(self, node: _Node) -> bool:
+        return len(node.block) == self._pool.block_tokens
+
+    def _note(self, key: BlockKey, gained: dict[BlockKey, None], lost: dict[BlockKey, None]) -> None:
+        """Record a change unless it undoes one nobody has heard of."""
+        if key in lost:
+            del lost[key]
+            return
+        gained[key] = None
+        if len(gained) > _EVENTS_MAX:
+            del gained[next(iter(gained))]

@@ -1,0 +1,130 @@
+"""One forward pass over a flattened batch of prefill chunks and decodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from prismserve.engine.attention import PagedAttention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from prismserve.engine import sequence as sequences
+    from prismserve.engine.pool import KVPool
+    from prismserve.models.base import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class RunItem:
+    """A run of consecutive cache slots of one sequence.
+
+    Attributes:
+        sequence: whose table covers ``start + tokens`` slots.
+        start: first slot to compute; all before it hold KV.
+        tokens: slots to compute.
+        samples: whether logits of the last slot are wanted.
+    """
+
+    sequence: sequences.Sequence
+    start: int
+    tokens: int
+    samples: bool
+
+
+class ModelRunner:
+    """Builds inputs, runs the decoder layer by layer, returns the logits that are needed."""
+
+    def __init__(self, model: VisionLanguageModel, pool: KVPool) -> None:
+        """Run ``model`` over the blocks of ``pool``."""
+        self._model = model
+        self._pool = pool
+        self._offsets = torch.arange(pool.block_tokens)
+
+    def run(self, items: Sequence[RunItem], layer_done: Callable[[int], None] | None) -> torch.Tensor:
+        """Compute the items and write their KV. Nothing may change a table of theirs meanwhile.
+
+        Args:
+            items: at least one; different sequences.
+            layer_done: called with the layer's index once the KV of all items is final in that layer.
+
+        Returns:
+            [n, vocabulary] float32, a row for each item that samples, in order.
+        """
+        decoder = self._model.decoder
+        ids, positions, slots = self._inputs(items)
+        x = decoder.embed(ids)
+        self._place_images(x, items)
+        attention = PagedAttention(
+            self._pool,
+            [item.sequence.table for item in items],
+            [item.start for item in items],
+            [item.tokens for item in items],
+            slots,
+        )
+        rotary = decoder.rotary(positions)
+        for layer in range(decoder.config.layers):
+            x = decoder.layer(layer, x, rotary, attention)
+            if layer_done is not None:
+                layer_done(layer)
+        rows: list[int] = []
+        end = 0
+        for item in items:
+            end += item.tokens
+            if item.samples:
+                rows.append(end - 1)
+        if len(rows) < x.shape[0]:
+            x = x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
+        return decoder.logits(x)
+
+    def _inputs(self, items: Sequence[RunItem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, positions and cache slots, [T] int64 each on the model's device."""
+        block = self._pool.block_tokens
+        pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        decodes: list[tuple[int, int, int]] = []
+
+        def flush() -> None:
+            if decodes:
+                ids, positions, slots = torch.tensor(decodes, dtype=torch.int64).unbind(1)
+                pieces.append((ids, positions, slots))
+                decodes.clear()
+
+        for item in items:
+            sequence, start = item.sequence, item.start
+            element = sequence.slots[start]
+            if item.tokens == 1 and start >= sequence.prompt_tokens and isinstance(element, int):
+                position = sequence.request.prompt.raw_tokens + start - sequence.prompt_tokens
+                decodes.append((element, position, sequence.table[start // block] * block + start % block))
+                continue
+            flush()
+            pieces.append(self._prefill_inputs(item))
+        flush()
+        if len(pieces) == 1:
+            ids, positions, slots = pieces[0]
+        else:
+            ids, positions, slots = (torch.cat(part) for part in zip(*pieces, strict=True))
+        device = self._pool.storage.device
+        return ids.to(device), positions.to(device), slots.to(device)
+
+    def _prefill_inputs(self, item: RunItem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sequence, start, end = item.sequence, item.start, item.start + item.tokens
+        if sequence.ids is None or sequence.positions is None:
+            sequence.prepare_inputs()
+        assert sequence.ids is not None  # noqa: S101 - prepare_inputs sets both
+        assert sequence.positions is not None  # noqa: S101
+        block = self._pool.block_tokens
+        first = start // block
+        table = torch.tensor(sequence.table[first : -(-end // block)], dtype=torch.int64)
+        slots = (table[:, None] * block + self._offsets).flatten()[start - first * block :][: item.tokens]
+        return sequence.ids[start:end], sequence.positions[start:end], slots
+
+    def _place_images(self, x: torch.Tensor, items: Sequence[RunItem]) -> None:
+        offset = 0
+        for item in items:
+            if item.sequence.images and item.start < item.sequence.prompt_tokens:
+                rows, pieces = item.sequence.embeds(item.start, item.start + item.tokens)
+                if rows is not None:
+                    x[(rows + offset).to(x.device)] = torch.cat(pieces).to(x)
+            offset += item.tokens

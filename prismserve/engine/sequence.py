@@ -1,0 +1,229 @@
+"""The private, mutable state of one request inside the engine."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from prismserve.core.errors import EngineError
+from prismserve.core.prompt import Element, block_key, block_keys, elements
+from prismserve.core.types import MediaSegment, TextSegment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Items
+
+    from prismserve.core.types import Request
+    from prismserve.engine.image_cache import VisualTokens
+    from prismserve.engine.sampler import TokenCounts
+
+
+class Work(enum.StrEnum):
+    """What a sequence is here for."""
+
+    LOCAL = "local"
+    PREFILL = "prefill"
+    IMPORT = "import"
+
+
+class State(enum.StrEnum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    EXPORTING = "exporting"
+    IMPORTING = "importing"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where one image lies in a sequence.
+
+    Attributes:
+        segment: the prompt's segment.
+        start: its first cache slot.
+        position: position of its first raw token.
+    """
+
+    segment: MediaSegment
+    start: int
+    position: int
+
+    @property
+    def end(self) -> int:
+        """One past its last cache slot."""
+        return self.start + self.segment.tokens
+
+
+@dataclass(slots=True)
+class Timings:
+    """Moments on the engine's clock in seconds, and time spent."""
+
+    submitted: float
+    started: float | None = None
+    encode_s: float = 0.0
+    images_encoded: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's tokens, positions and block table.
+
+    ``cached`` cache slots hold KV; ``length`` slots are known (prompt, then generated). One block table serves every
+    layer while all layers keep the same tokens; ``layer_tokens`` is what a ragged table would vary.
+    """
+
+    order: int
+    request: Request
+    work: Work
+    namespace: bytes
+    timings: Timings
+    state: State = State.WAITING
+    slots: list[Element] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    table: list[int] = field(default_factory=list)
+    cached: int = 0
+    published: int = 0
+    publishable: bool = True
+    prefix_tokens: int = 0
+    images: dict[bytes, VisualTokens] = field(default_factory=dict)
+    spans: tuple[ImageSpan, ...] = ()
+    ids: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    counts: TokenCounts | None = None
+    reported: bool = False
+    ended: bool = False
+
+    @classmethod
+    def create(
+        cls, order: int, request: Request, work: Work, namespace: bytes, block_tokens: int, now: float
+    ) -> Sequence:
+        """Lay out a request: its elements, block keys and image spans."""
+        slots = elements(request.prompt, request.resume_token_ids)
+        spans: list[ImageSpan] = []
+        start = position = 0
+        for segment in request.prompt.segments:
+            if isinstance(segment, MediaSegment):
+                spans.append(ImageSpan(segment, start, position))
+            start += segment.tokens
+            position += segment.raw_tokens
+        return cls(
+            order=order,
+            request=request,
+            work=work,
+            namespace=namespace,
+            timings=Timings(now),
+            slots=slots,
+            keys=block_keys(namespace, slots, block_tokens),
+            spans=tuple(spans),
+            generated=list(request.resume_token_ids),
+        )
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Request id and attempt."""
+        return self.request.request_id, self.request.attempt
+
+    @property
+    def length(self) -> int:
+        """Cache slots known, computed or not."""
+        return len(self.slots)
+
+    @property
+    def uncomputed(self) -> int:
+        """Known slots without KV; the last one's computation yields logits."""
+        return len(self.slots) - self.cached
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Cache slots of the prompt without generated tokens."""
+        return len(self.slots) - len(self.generated)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the next token to be generated."""
+        return self.request.prompt.raw_tokens + len(self.generated)
+
+    @property
+    def deadline(self) -> float:
+        """When the request's time is up, on the engine's clock."""
+        return self.timings.submitted + self.request.timeout_s
+
+    def append(self, token: int, block_tokens: int) -> None:
+        """Add a generated token; extends the key chain when a block's elements become complete."""
+        self.slots.append(token)
+        self.generated.append(token)
+        if len(self.slots) % block_tokens == 0:
+            parent = self.keys[-1] if self.keys else self.namespace
+            self.keys.append(block_key(parent, self.slots[-block_tokens:]))
+
+    def missing_images(self, cached_tokens: int) -> list[ImageSpan]:
+        """Images with slots beyond ``cached_tokens`` whose embeddings the sequence does not hold, each key once."""
+        seen: dict[bytes, ImageSpan] = {}
+        for span in self.spans:
+            if span.end > cached_tokens and span.segment.key not in self.images:
+                seen.setdefault(span.segment.key, span)
+        return list(seen.values())
+
+    def prepare_inputs(self) -> None:
+        """Build ``ids`` and ``positions`` of all known slots: [length] int64 each.
+
+        Image slots have id 0, and position -1 where the image's embeddings are not held because its slots are cached.
+        """
+        ids = torch.zeros(self.length, dtype=torch.int64)
+        positions = torch.full((self.length,), -1, dtype=torch.int64)
+        start = position = 0
+        for segment in self.request.prompt.segments:
+            if isinstance(segment, TextSegment):
+                ids[start : start + segment.tokens] = torch.tensor(segment.token_ids, dtype=torch.int64)
+                positions[start : start + segment.tokens] = torch.arange(position, position + segment.tokens)
+            else:
+                visual = self.images.get(segment.key)
+                if visual is not None:
+                    self._check_visual(segment, visual)
+                    positions[start : start + segment.tokens] = visual.positions + position
+            start += segment.tokens
+            position += segment.raw_tokens
+        if self.generated:
+            ids[start:] = torch.tensor(self.generated, dtype=torch.int64)
+            positions[start:] = torch.arange(position, position + len(self.generated))
+        self.ids, self.positions = ids, positions
+
+    def reset(self) -> None:
+        """Forget all computed KV (the table must have been released) so that the sequence is computed again."""
+        self.table = []
+        self.cached = self.published = 0
+        self.ids = self.positions = None
+        self.state = State.WAITING
+
+    def embeds(self, start: int, end: int) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Image embeddings that fill slots in [start, end).
+
+        Returns:
+            Rows relative to ``start`` ([n] int64, None if there are none) and the pieces to put there, in order.
+        """
+        rows: list[torch.Tensor] = []
+        pieces: list[torch.Tensor] = []
+        for span in self.spans:
+            first, last = max(start, span.start), min(end, span.end)
+            if first < last:
+                rows.append(torch.arange(first - start, last - start))
+                pieces.append(self.images[span.segment.key].embeds[first - span.start : last - span.start])
+        return (torch.cat(rows), pieces) if rows else (None, [])
+
+    def _check_visual(self, segment: MediaSegment, visual: VisualTokens) -> None:
+        kept = visual.embeds.shape[0]
+        if (kept, visual.raw_tokens) != (segment.tokens, segment.raw_tokens):
+            message = (
+                f"image {segment.media_index} gave {kept} of {visual.raw_tokens} visual tokens, "
+                f"the prompt has room for {segment.tokens} of {segment.raw_tokens}"
+            )
+            raise EngineError(message, request_id=self.request.request_id)
+
+
+def private_blocks(sequence: Sequence, references: Items[int]) -> int:
+    """Blocks that become available when the sequence lets go of its table."""
+    return sum(references[group] == 1 for group in sequence.table)

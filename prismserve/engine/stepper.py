@@ -1,0 +1,392 @@
+"""The live sequences and what one step does to them: plan, apply, compute, sample, publish, finish."""
+
+from __future__ import annotations
+
+from bisect import insort
+from typing import TYPE_CHECKING
+
+from prismserve.core.errors import PrismServeError, outcome_text
+from prismserve.core.types import FinishReason, PrefillReport, TextSegment, TokenOutput
+from prismserve.engine.finish import blocked_tokens, finish_reason
+from prismserve.engine.imports import ExportView
+from prismserve.engine.metrics import Counters, MovingAverage
+from prismserve.engine.runner import RunItem
+from prismserve.engine.sampler import SampleRow, TokenCounts, has_penalty, sample
+from prismserve.engine.scheduler import Budget, RunningView, StepPlan, WaitingView, plan_step
+from prismserve.engine.sequence import Sequence, State, Work, private_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from collections.abc import Sequence as Items
+
+    from prismserve.engine.blocks import BlockManager
+    from prismserve.engine.config import EngineConfig
+    from prismserve.engine.encoding import ImageStage
+    from prismserve.engine.imports import LayerSink
+    from prismserve.engine.runner import ModelRunner
+    from prismserve.models.base import VisionLanguageModel
+
+# Waiting sequences looked at in one step: bounds the prefix look-ups and the images encoded ahead.
+_LOOKAHEAD = 16
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return (-sequence.request.priority, sequence.order)
+
+
+class Stepper:
+    """Sequences waiting, running and exporting, and the step that moves them on.
+
+    Attributes:
+        waiting: in order of rank.
+        running: by order number.
+        exporting: prefilled, with blocks still held, by order number.
+        counters: totals since start.
+        stalled: whether the last step moved nothing on, because blocks or slots are held elsewhere.
+        step_ms: moving average of a step's length.
+        prefill_rate: moving average of prefilled tokens per second, over steps that prefill.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: VisionLanguageModel,
+        blocks: BlockManager,
+        images: ImageStage,
+        runner: ModelRunner,
+        config: EngineConfig,
+        max_model_len: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """Put the parts together."""
+        self.waiting: list[Sequence] = []
+        self.running: dict[int, Sequence] = {}
+        self.exporting: dict[int, Sequence] = {}
+        self.counters = Counters()
+        self.stalled = False
+        self.step_ms = MovingAverage()
+        self.prefill_rate = MovingAverage()
+        self._model = model
+        self._blocks = blocks
+        self._images = images
+        self._runner = runner
+        self._config = config
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._factories: dict[int, Callable[[ExportView], LayerSink]] = {}
+        self._sinks: dict[int, LayerSink] = {}
+        self._outbox: list[TokenOutput] = []
+        self._computing: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.running or self._outbox)
+
+    def add(self, sequence: Sequence, sink_factory: Callable[[ExportView], LayerSink] | None) -> None:
+        """Queue a sequence."""
+        if sink_factory is not None:
+            self._factories[sequence.order] = sink_factory
+        insort(self.waiting, sequence, key=_rank)
+
+    def join(self, sequence: Sequence, tokens: Items[int], report: PrefillReport | None) -> None:
+        """Take in an imported sequence whose prompt is computed, with its first tokens; they come out next step."""
+        sequence.state = State.RUNNING
+        self.running[sequence.order] = sequence
+        self._accept(sequence, tokens, report, self._outbox)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence and let go of its blocks."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        self.running.pop(sequence.order, None)
+        self.exporting.pop(sequence.order, None)
+        self._factories.pop(sequence.order, None)
+        self._sinks.pop(sequence.order, None)
+        self._blocks.publish_tail(sequence)
+        self._blocks.release(sequence)
+        sequence.ended = True
+
+    def step(self, held_slots: int) -> list[TokenOutput]:
+        """Run one iteration; ``held_slots`` running slots are taken by imports under way."""
+        started = self._clock()
+        outputs, self._outbox = self._outbox, []
+        self.stalled = True
+        self._prepare_images(outputs)
+        plan = self._plan(held_slots, started)
+        by_order = {**self.running, **{sequence.order: sequence for sequence in self.waiting}}
+        for order in plan.expired:
+            sequence = by_order[order]
+            message = f"the request's {sequence.request.timeout_s:g} s are over"
+            self._fail(sequence, message, outputs)
+        for order in plan.preempted:
+            self._preempt(by_order[order])
+        for order in plan.admitted:
+            self._admit(by_order[order], outputs)
+        items = self._items(plan, by_order)
+        if items:
+            self._compute(items, outputs)
+            self._measure(started, items)
+        self.stalled = self.stalled and not items and not outputs
+        return outputs
+
+    def abandon(self, message: str) -> list[TokenOutput]:
+        """Fail what the interrupted step was computing, or everything if that is not known."""
+        outputs, self._outbox = self._outbox, []
+        victims = [sequence for sequence in self._computing if not sequence.ended]
+        for sequence in victims or [*self.running.values(), *self.waiting]:
+            self._fail(sequence, message, outputs)
+        self._computing = []
+        return outputs
+
+    # ---- planning --------------------------------------------------------------------------------------------
+
+    def _prepare_images(self, outputs: list[TokenOutput]) -> None:
+        wanting = [
+            (sequence, self._blocks.match(sequence).tokens)
+            for sequence in self.waiting[:_LOOKAHEAD]
+            if sequence.missing_images(0)
+        ]
+        if not wanting:
+            return
+        self._computing = [sequence for sequence, _ in wanting]
+        failed, encoded = self._images.run(wanting, self._config.max_encode_images)
+        for sequence, error in failed:
+            self._fail(sequence, outcome_text(error), outputs)
+        self._computing = []
+        self.stalled = self.stalled and not encoded
+
+    def _plan(self, held_slots: int, now: float) -> StepPlan:
+        views = [
+            RunningView(
+                order=sequence.order,
+                priority=sequence.request.priority,
+                uncomputed=sequence.uncomputed,
+                new_blocks=self._blocks.growth_blocks(sequence),
+                deadline=sequence.deadline,
+                pinned=sequence.order in self._sinks,
+            )
+            for sequence in self.running.values()
+        ]
+        held = held_slots + len(self.exporting)
+        budget = Budget(
+            step_tokens=self._config.max_step_tokens,
+            running=self._config.max_running,
+            held=held,
+            blocks=self._blocks.prefix.available(),
+        )
+        full = len(self.running) + held >= self._config.max_running
+        waiting = self._expired_views(now) if full else self._waiting_views(now)
+        return plan_step(views, waiting, budget, now, self._releasable)
+
+    def _releasable(self, order: int) -> int:
+        return private_blocks(self.running[order], self._blocks.pool.references)
+
+    def _expired_views(self, now: float) -> list[WaitingView]:
+        return [
+            WaitingView(sequence.order, sequence.request.priority, 0, 0, ready=False, deadline=sequence.deadline)
+            for sequence in self.waiting
+            if sequence.deadline <= now
+        ]
+
+    def _waiting_views(self, now: float) -> list[WaitingView]:
+        """Views of the first in rank. One whose next block is being computed by another waits to share it."""
+        claimed: set[bytes] = set()
+        for sequence in self.running.values():
+            if sequence.uncomputed > 1 and sequence.publishable and self._config.prefix_caching:
+                claimed.update(sequence.keys[sequence.published :])
+        views = self._expired_views(now)
+        for sequence in self.waiting[:_LOOKAHEAD]:
+            match = self._blocks.match(sequence)
+            coming = sequence.keys[len(match.groups) :]
+            shared = bool(coming) and coming[0] in claimed
+            ready = not shared and not sequence.missing_images(match.tokens)
+            if ready and self._config.prefix_caching:
+                claimed.update(coming)
+            view = WaitingView(
+                order=sequence.order,
+                priority=sequence.request.priority,
+                uncomputed=sequence.length - match.tokens,
+                new_blocks=self._blocks.admission_blocks(sequence, match),
+                ready=ready,
+                deadline=sequence.deadline,
+            )
+            if sequence.deadline > now:
+                views.append(view)
+        return views
+
+    # ---- applying --------------------------------------------------------------------------------------------
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self.running[sequence.order]
+        self._blocks.release(sequence)
+        sequence.reset()
+        insort(self.waiting, sequence, key=_rank)
+        self.counters.preemptions += 1
+
+    def _admit(self, sequence: Sequence, outputs: list[TokenOutput]) -> None:
+        self._blocks.admit(sequence)
+        if sequence.missing_images(sequence.cached):
+            # An admission before this one evicted blocks this one had counted on.
+            self._blocks.release(sequence)
+            sequence.reset()
+            return
+        self.waiting.remove(sequence)
+        sequence.state = State.RUNNING
+        self.running[sequence.order] = sequence
+        try:
+            sequence.prepare_inputs()
+            self._open_sink(sequence)
+        except PrismServeError as error:
+            self._fail(sequence, outcome_text(error), outputs)
+            return
+        self._prepare_counts(sequence)
+        if sequence.timings.started is None:
+            sequence.timings.started = self._clock()
+            self.counters.prefix_query_tokens += sequence.length
+            self.counters.prefix_hit_tokens += sequence.prefix_tokens
+
+    def _open_sink(self, sequence: Sequence) -> None:
+        factory = self._factories.pop(sequence.order, None)
+        if factory is None:
+            return
+        view = ExportView(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            table=tuple(sequence.table),
+            prompt_tokens=sequence.length,
+            cached_tokens=sequence.cached,
+            layer_tokens=(sequence.length,) * self._blocks.pool.layout.layers,
+            next_position=sequence.next_position,
+        )
+        self._sinks[sequence.order] = factory(view)
+
+    def _prepare_counts(self, sequence: Sequence) -> None:
+        if sequence.counts is None and has_penalty(sequence.request.sampling):
+            segments = sequence.request.prompt.segments
+            prompt = (token for s in segments if isinstance(s, TextSegment) for token in s.token_ids)
+            sequence.counts = TokenCounts(self._model.vocab_size, prompt, sequence.generated, self._model.device)
+
+    def _items(self, plan: StepPlan, by_order: dict[int, Sequence]) -> list[RunItem]:
+        items: list[RunItem] = []
+        for chunk in plan.chunks:
+            sequence = by_order[chunk.order]
+            if sequence.state is not State.RUNNING or sequence.ended:
+                continue
+            self._blocks.grow(sequence)
+            tokens = min(chunk.tokens, sequence.uncomputed)
+            items.append(RunItem(sequence, sequence.cached, tokens, samples=tokens == sequence.uncomputed))
+        return items
+
+    # ---- computing -------------------------------------------------------------------------------------------
+
+    def _compute(self, items: list[RunItem], outputs: list[TokenOutput]) -> None:
+        self._computing = [item.sequence for item in items]
+        broken: dict[int, str] = {}
+        logits = self._runner.run(items, self._exporter(items, broken))
+        sampling = [item.sequence for item in items if item.samples]
+        tokens = sample(logits, [self._sample_row(sequence) for sequence in sampling]) if sampling else []
+        for item in items:
+            sequence = item.sequence
+            sequence.cached += item.tokens
+            self._blocks.publish(sequence, movable=sequence.order not in self._sinks)
+        for order, message in broken.items():
+            self._fail(self.running[order], message, outputs)
+        for sequence, token in zip(sampling, tokens, strict=True):
+            if not sequence.ended:
+                self._sampled(sequence, token, outputs)
+        self._computing = []
+
+    def _exporter(self, items: list[RunItem], broken: dict[int, str]) -> Callable[[int], None] | None:
+        exports = [item for item in items if item.sequence.order in self._sinks]
+        if not exports:
+            return None
+
+        def layer_done(layer: int) -> None:
+            for item in exports:
+                order = item.sequence.order
+                if order in broken:
+                    continue
+                try:
+                    self._sinks[order].layer_ready(layer, item.start, item.tokens)
+                except PrismServeError as error:
+                    broken[order] = error.message
+
+        return layer_done
+
+    def _sample_row(self, sequence: Sequence) -> SampleRow:
+        params = sequence.request.sampling
+        index = len(sequence.generated)
+        blocked = blocked_tokens(params, index, self._model.eos_token_ids) if index < params.min_tokens else ()
+        return SampleRow(params, index, sequence.counts, blocked)
+
+    def _sampled(self, sequence: Sequence, token: int, outputs: list[TokenOutput]) -> None:
+        first = sequence.work is not Work.IMPORT and not sequence.reported
+        report = self._report(sequence) if first else None
+        if sequence.work is Work.PREFILL:
+            sequence.reported = True
+            del self.running[sequence.order]
+            self._sinks.pop(sequence.order, None)
+            sequence.images = {}
+            sequence.state = State.EXPORTING
+            self.exporting[sequence.order] = sequence
+            outputs.append(TokenOutput(*sequence.identity, (token,), report=report))
+            return
+        self._accept(sequence, (token,), report, outputs)
+
+    def _accept(
+        self, sequence: Sequence, tokens: Iterable[int], report: PrefillReport | None, outputs: list[TokenOutput]
+    ) -> None:
+        """Append generated tokens, up to the one that ends the request."""
+        self._prepare_counts(sequence)
+        taken: list[int] = []
+        reason: FinishReason | None = None
+        for token in tokens:
+            sequence.append(token, self._blocks.pool.block_tokens)
+            taken.append(token)
+            if sequence.counts is not None:
+                sequence.counts.add(token)
+            reason = finish_reason(sequence, self._model.eos_token_ids, self._max_model_len)
+            if reason is not None:
+                break
+        if not sequence.reported:
+            sequence.reported = True
+            sequence.images = {}
+        outputs.append(TokenOutput(*sequence.identity, tuple(taken), reason, report=report))
+        if reason is not None:
+            self.drop(sequence)
+
+    def _fail(self, sequence: Sequence, message: str, outputs: list[TokenOutput]) -> None:
+        if not sequence.ended:
+            self.drop(sequence)
+            outputs.append(TokenOutput(*sequence.identity, (), FinishReason.ERROR, error=message))
+
+    # ---- measuring -------------------------------------------------------------------------------------------
+
+    def _report(self, sequence: Sequence) -> PrefillReport:
+        timings, prompt = sequence.timings, sequence.request.prompt
+        images = len(sequence.spans)
+        hits = max(0, images - timings.images_encoded)
+        self.counters.image_queries += images
+        self.counters.image_hits += hits
+        now = self._clock()
+        return PrefillReport(
+            cached_tokens=sequence.prefix_tokens,
+            computed_tokens=sequence.length - sequence.prefix_tokens,
+            images=images,
+            images_cached=hits,
+            encode_ms=timings.encode_s * 1e3,
+            prefill_ms=(now - (timings.started if timings.started is not None else now)) * 1e3,
+            kv_bytes_raw=prompt.raw_tokens * self._blocks.pool.layout.token_bytes,
+            kv_bytes_kept=prompt.tokens * self._blocks.pool.layout.token_bytes,
+        )
+
+    def _measure(self, started: float, items: list[RunItem]) -> None:
+        elapsed = max(self._clock() - started, 1e-9)
+        decoded = sum(item.tokens == 1 and item.samples for item in items)
+        prefilled = sum(item.tokens for item in items) - decoded
+        self.counters.decode_tokens += decoded
+        self.counters.prefill_tokens += prefilled
+        self.step_ms.add(elapsed * 1e3)
+        if prefilled:
+            self.prefill_rate.add(prefilled / elapsed)

@@ -1,0 +1,65 @@
+"""Bounds on what is in progress: requests and the bytes of their bodies. Refusal is immediate, nothing queues."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from prismserve.core.errors import OverloadedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+    from prismserve.router.config import RouterConfig
+
+
+class Admission:
+    """Counts requests and body bytes in progress against the limits of ``config``."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self.running = 0
+        self.body_bytes = 0
+
+    def check(self) -> None:
+        """OverloadedError when a request could not be admitted now; asked before its body is read."""
+        if self.running >= self._config.max_concurrent_requests:
+            message = f"{self.running} requests are in progress, which is the limit; try again shortly"
+            raise OverloadedError(message, retry_after_s=self._config.retry_after_s)
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Hold one request's place; OverloadedError when all are taken."""
+        self.check()
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+
+class BodyBudget:
+    """The bytes of one body, given back on exit."""
+
+    def __init__(self, admission: Admission, config: RouterConfig) -> None:
+        self._admission = admission
+        self._config = config
+        self._bytes = 0
+
+    def take(self, nbytes: int) -> None:
+        """Count bytes that arrived; OverloadedError when all bodies together exceed the limit."""
+        if self._admission.body_bytes + nbytes > self._config.max_pending_body_bytes:
+            message = "the bodies of the requests in progress fill the router's memory; try again shortly"
+            raise OverloadedError(message, retry_after_s=self._config.retry_after_s)
+        self._admission.body_bytes += nbytes
+        self._bytes += nbytes
+
+    def __enter__(self) -> Self:
+        """Start empty."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Give everything back."""
+        self._admission.body_bytes -= self._bytes
+        self._bytes = 0

@@ -1,0 +1,79 @@
+"""Limits and timing of the front doors, and the weights of placement."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from prismserve.core.config import FrozenConfig, NonNegativeInt, PositiveInt, PositiveSeconds
+
+
+class RouterConfig(FrozenConfig):
+    """What the front doors accept, and how the router places and follows requests."""
+
+    max_images: PositiveInt = Field(default=16, description="Images per request (count).")
+    max_image_pixels: PositiveInt = Field(default=16_777_216, description="Width times height of one image (pixels).")
+    max_image_side_px: PositiveInt = Field(default=16_384, description="Longest side of an image (pixels).")
+    min_image_side_px: PositiveInt = Field(default=2, description="Shortest side of an image (pixels).")
+    max_image_aspect_ratio: PositiveInt = Field(default=100, description="Longest side over shortest side (ratio).")
+    max_body_bytes: PositiveInt = Field(default=64 << 20, description="One HTTP body or gRPC message (bytes).")
+    max_pending_body_bytes: PositiveInt = Field(
+        default=512 << 20, description="All HTTP bodies being read or prepared at one moment (bytes)."
+    )
+    max_messages: PositiveInt = Field(default=1024, description="Chat messages per request (count).")
+    max_prompt_chars: PositiveInt = Field(default=2_000_000, description="Text of one request (characters).")
+    max_stop_strings: PositiveInt = Field(default=16, description="Stop strings per request (count).")
+    max_stop_chars: PositiveInt = Field(default=256, description="Length of one stop string (characters).")
+    max_cache_salt_chars: PositiveInt = Field(default=256, description="Length of `cache_salt` (characters).")
+    max_concurrent_requests: PositiveInt = Field(
+        default=256, description="Requests in progress in this router; more are answered 429 (count)."
+    )
+    max_connections: PositiveInt = Field(default=2048, description="HTTP connections of this router (count).")
+    max_attempts: PositiveInt = Field(default=4, description="Placements of one request, the first included (count).")
+    retry_after_s: PositiveSeconds = Field(default=1.0, description="`Retry-After` of a 429 (seconds).")
+    request_timeout_s: PositiveSeconds = Field(default=600.0, description="Longest life of a request (seconds).")
+    header_timeout_s: PositiveSeconds = Field(default=10.0, description="Until all headers have arrived (seconds).")
+    body_timeout_s: PositiveSeconds = Field(default=60.0, description="Until the whole body has arrived (seconds).")
+    body_idle_timeout_s: PositiveSeconds = Field(default=10.0, description="Between two parts of a body (seconds).")
+    keep_alive_s: PositiveInt = Field(default=30, description="An idle HTTP connection is closed after this (seconds).")
+    stop_timeout_s: PositiveSeconds = Field(default=5.0, description="For open responses when stopping (seconds).")
+    replace_wait_s: PositiveSeconds = Field(
+        default=20.0, description="How long a request that lost its worker waits for another one (seconds)."
+    )
+    reconcile_interval_s: PositiveSeconds = Field(
+        default=0.2, description="Between two looks at the registry of workers (seconds)."
+    )
+    connect_timeout_s: PositiveSeconds = Field(
+        default=5.0, description="Until a worker has answered a new session (seconds)."
+    )
+    reconnect_backoff_s: PositiveSeconds = Field(default=0.2, description="Before the first reconnection (seconds).")
+    reconnect_backoff_max_s: PositiveSeconds = Field(default=5.0, description="Between reconnections (seconds).")
+    worker_silence_s: PositiveSeconds = Field(
+        default=15.0, description="A worker that sends nothing for this long, statistics included, is lost (seconds)."
+    )
+    unregistered_silence_s: PositiveSeconds = Field(
+        default=3.0, description="The same for a worker that has left the registry (seconds)."
+    )
+    max_session_queue: PositiveInt = Field(default=1024, description="Messages waiting to be sent to a worker (count).")
+    media_threads: PositiveInt = Field(default=2, description="Threads that check and hash images (count).")
+    image_hash_entries: PositiveInt = Field(default=4096, description="Images whose pixel hash is remembered (count).")
+    local_prefill_tokens_max: NonNegativeInt = Field(
+        default=32, description="Uncached tokens up to which a decode worker prefills by itself (tokens)."
+    )
+    pull_blocks_min: PositiveInt = Field(
+        default=2, description="Cached blocks another worker must hold beyond ours before they are pulled (blocks)."
+    )
+    load_cost_tokens: NonNegativeInt = Field(
+        default=256, description="What one queued or running request costs in placement (prefill tokens)."
+    )
+    image_cost_tokens: NonNegativeInt = Field(
+        default=512, description="What encoding one image costs in placement (prefill tokens)."
+    )
+    kv_pressure: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of KV blocks referenced by requests above which a decode worker is avoided (ratio).",
+    )
+    default_temperature: float = Field(
+        default=1.0, ge=0, le=2, allow_inf_nan=False, description="Temperature of requests that give none (ratio)."
+    )

@@ -1,0 +1,245 @@
+"""The gRPC front door: Generate, ListModels, GetStatus, health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from prismserve.core.errors import InvalidRequestError, PrismServeError
+from prismserve.models.processing import ChatMessage, ImageSlot
+from prismserve.protocol import prismserve_pb2 as pb
+from prismserve.protocol import prismserve_pb2_grpc as rpc
+from prismserve.router.calls import Call, check_cache_salt, check_model, check_request_id
+from prismserve.router.failures import failure_of
+from prismserve.router.fields import json_object, refuse
+from prismserve.router.generation import TextDelta
+from prismserve.router.media import ImageSource
+from prismserve.router.usage import plan_text
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from prismserve.router.config import RouterConfig
+    from prismserve.router.service import RouterService
+    from prismserve.router.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+_ROLES = frozenset({"system", "user", "assistant"})
+_FLOATS = frozenset({"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"})
+_SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_HEALTH_INTERVAL_S = 0.5
+
+
+def _options(message: pb.SamplingParams) -> dict[str, Any]:
+    """The fields that were set, as the JSON API would hold them.
+
+    Floats are 32 bits wide on this wire: seven digits give back the number that was meant, so that 0.7 here and in
+    JSON sample alike.
+    """
+    values: dict[str, Any] = {}
+    for descriptor, value in message.ListFields():
+        name = descriptor.name
+        if name in _FLOATS:
+            values[name] = float(f"{value:.7g}")
+        elif name in ("stop", "stop_token_ids"):
+            values[name] = list(value)
+        else:
+            values[name] = value
+    return values
+
+
+def _compression(text: str) -> Any:
+    if not text:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            return json_object(text.encode())
+        except InvalidRequestError:
+            refuse("compression", "is not valid JSON")
+    return text
+
+
+def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float | None) -> Call:
+    """Read a request; InvalidRequestError names the field at fault."""
+    if bool(request.messages) == bool(request.prompt):
+        refuse("messages", "give either messages or prompt")
+    if len(request.messages) > config.max_messages:
+        refuse("messages", f"has {len(request.messages)} items, at most {config.max_messages} are allowed")
+    images: list[ImageSource] = []
+    messages: list[ChatMessage] = []
+    for index, message in enumerate(request.messages):
+        field = f"messages[{index}]"
+        if message.role not in _ROLES:
+            refuse(f"{field}.role", "must be system, user or assistant")
+        parts: list[str | ImageSlot] = []
+        for number, part in enumerate(message.content):
+            where = f"{field}.content[{number}]"
+            match part.WhichOneof("part"):
+                case "text":
+                    parts.append(part.text)
+                case "image" if message.role == "user":
+                    parts.append(ImageSlot(len(images)))
+                    images.append(ImageSource(part.image, f"{where}.image"))
+                case "image":
+                    refuse(where, f"only user messages may hold images, not {message.role}")
+                case _:
+                    refuse(where, "must hold text or an image")
+        messages.append(ChatMessage(message.role, tuple(parts)))
+    return Call(
+        options=_options(request.sampling),
+        messages=tuple(messages) or None,
+        prompt=request.prompt or None,
+        images=tuple(images),
+        compression=_compression(request.compression),
+        cache_salt=check_cache_salt(request.cache_salt, config),
+        timeout_s=timeout_s,
+    )
+
+
+def usage_message(usage: Usage) -> pb.Usage:
+    """The usage report on this wire."""
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+        visual_tokens_before=usage.visual_tokens_before,
+        visual_tokens_after=usage.visual_tokens_after,
+        kv_bytes_before=usage.kv_bytes_before,
+        kv_bytes_after=usage.kv_bytes_after,
+        kv_bytes_sent=usage.kv_bytes_sent,
+        transport=usage.transport,
+        ttft_ms=usage.ttft_ms,
+        prefill_worker=usage.prefill_worker,
+        decode_worker=usage.decode_worker,
+        images=usage.images,
+        images_cached=usage.images_cached,
+        queue_ms=usage.queue_ms,
+        encode_ms=usage.encode_ms,
+        prefill_ms=usage.prefill_ms,
+        transfer_ms=usage.transfer_ms,
+        transfer_exposed_ms=usage.transfer_exposed_ms,
+        route_reason=usage.route_reason,
+        compression=plan_text(usage.compression),
+    )
+
+
+class InferenceServicer(rpc.InferenceServicer):
+    """The public service over a :class:`RouterService`."""
+
+    def __init__(self, service: RouterService) -> None:
+        self._service = service
+
+    async def Generate(  # noqa: N802 - the name in the schema
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Stream the answer; the last message carries finish_reason and usage. A cancelled call ends everywhere."""
+        arrived_at = time.monotonic()
+        service = self._service
+        try:
+            check_model(request.model, service.facts.name)
+            request_id = check_request_id(request.request_id)
+            call = call_of(request, service.config, context.time_remaining())
+            async with contextlib.aclosing(service.answer(call, arrived_at=arrived_at)) as events:
+                async for event in events:
+                    if isinstance(event, TextDelta):
+                        yield pb.GenerateResponse(request_id=request_id, text=event.text, token_ids=event.token_ids)
+                    else:
+                        report = usage_message(event.usage)
+                        yield pb.GenerateResponse(request_id=request_id, finish_reason=event.reason.value, usage=report)
+        except PrismServeError as error:
+            await _abort(context, error)
+
+    async def ListModels(  # noqa: N802 - the name in the schema
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListModelsResponse:
+        """The one model served."""
+        del request, context
+        facts = self._service.facts
+        return pb.ListModelsResponse(models=[pb.ModelCard(id=facts.name, max_model_len=facts.max_model_len)])
+
+    async def GetStatus(  # noqa: N802 - the name in the schema
+        self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetStatusResponse:
+        """The status document as JSON."""
+        del request, context
+        return pb.GetStatusResponse(json=json.dumps(self._service.status()))
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: PrismServeError) -> NoReturn:
+    failure = failure_of(error)
+    trailing = []
+    if failure.param is not None:
+        trailing.append(("prismserve-field", failure.param.encode("ascii", "replace").decode()))
+    if failure.retry_after_s is not None:
+        trailing.append(("retry-after", f"{failure.retry_after_s:g}"))
+    await context.abort(failure.grpc_code, failure.message, tuple(trailing))
+
+
+class GrpcDoor:
+    """The gRPC server with its health and reflection services.
+
+    Args:
+        service: a started service.
+        config: limits.
+    """
+
+    def __init__(self, service: RouterService, config: RouterConfig) -> None:
+        self._service = service
+        self._config = config
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Bind and serve; returns the port. OSError when the address cannot be bound."""
+        options = [
+            # Without this a second server would share a busy port instead of failing.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self._config.max_body_bytes),
+            ("grpc.max_metadata_size", 16 << 10),
+            # Well above the requests allowed, so that the surplus is refused at once instead of waiting at the client.
+            ("grpc.max_concurrent_streams", self._config.max_connections),
+        ]
+        server = grpc.aio.server(options=options)
+        rpc.add_InferenceServicer_to_server(InferenceServicer(self._service), server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except RuntimeError as error:
+            message = f"cannot listen on port {port}"
+            raise OSError(message) from error
+        await server.start()
+        self._server = server
+        await self._publish()
+        self._watch = asyncio.create_task(self._keep_health(), name="grpc-health")
+        return bound
+
+    async def stop(self) -> None:
+        """Refuse new calls, give running ones ``stop_timeout_s``, then end them."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(self._config.stop_timeout_s)
+
+    async def _keep_health(self) -> None:
+        while True:
+            await self._service.pool.wait_change(_HEALTH_INTERVAL_S)
+            await self._publish()
+
+    async def _publish(self) -> None:
+        serving = health_pb2.HealthCheckResponse.SERVING
+        value = serving if self._service.ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", _SERVICE):
+            await self._health.set(name, value)

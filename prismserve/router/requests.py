@@ -1,0 +1,260 @@
+"""From a call to a core ``Request``: images, tokens, segments, cache namespaces and block keys."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from prismserve.compression import loader, presets
+from prismserve.core.errors import ContextLengthError, InvalidRequestError
+from prismserve.core.hashing import digest
+from prismserve.core.prompt import block_keys, elements, image_key
+from prismserve.core.types import (
+    CompressionPlan,
+    KVLayout,
+    MediaInput,
+    MediaSegment,
+    Prompt,
+    Request,
+    SamplingParams,
+    Segment,
+    TextSegment,
+    namespace,
+    wire_namespace,
+)
+from prismserve.models.processing import ImageSlot
+from prismserve.router.sampling import COMPLETION_MAX_TOKENS, parse_sampling, refuse_unserved
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prismserve.models.processing import Processor
+    from prismserve.router.calls import Call
+    from prismserve.router.config import RouterConfig
+    from prismserve.router.media import MediaReader
+
+
+# No text of this many characters per token exists outside of long runs of spaces; tokenizing it would be wasted.
+_CHARS_PER_TOKEN_MAX: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a router must know of the served model besides its processor.
+
+    Attributes:
+        name: the name clients use.
+        fingerprint: 32 bytes over weights and configuration, as the workers register it.
+        encoder_fingerprint: 32 bytes over the vision encoder; part of every image key.
+        layout: what makes KV interchangeable; part of every block key.
+        max_model_len: positions a request may span, prompt and answer together.
+    """
+
+    name: str
+    fingerprint: bytes
+    encoder_fingerprint: bytes
+    layout: KVLayout
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready to be placed.
+
+    Attributes:
+        keys: chained keys of the prompt's full blocks under ``request.namespace``.
+        wire_keys: the same under ``request.wire_namespace``; equal to ``keys`` for exact codecs.
+        media_end_tokens: cache slots up to and including the last image; 0 without images.
+    """
+
+    request: Request
+    keys: tuple[bytes, ...]
+    wire_keys: tuple[bytes, ...]
+    media_end_tokens: int
+
+    @property
+    def image_keys(self) -> tuple[bytes, ...]:
+        """Embedding keys, one per image in order."""
+        return tuple(segment.key for segment in self.request.prompt.media_segments())
+
+
+def tenant_salt(tenant: str, cache_salt: str) -> bytes:
+    """What separates the caches of two tenants, and of two salts within one; b"" for the default tenant unsalted."""
+    if not tenant and not cache_salt:
+        return b""
+    return digest("tenant-salt", tenant.encode(), cache_salt.encode())
+
+
+class RequestBuilder:
+    """Builds requests; images are read in the media threads, text is tokenized in one thread of its own.
+
+    Args:
+        processor: tokenizer, chat template and image token counts of the served model.
+        facts: identity and limits of the served model.
+        config: limits.
+        media: reads and hashes images.
+        default_compression: preset or method name of requests that give none.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        facts: ModelFacts,
+        config: RouterConfig,
+        media: MediaReader,
+        default_compression: str,
+    ) -> None:
+        presets.resolve(None, default_compression)
+        self._processor = processor
+        self._facts = facts
+        self._config = config
+        self._media = media
+        self._default = default_compression
+        # One thread: a fast tokenizer must not be entered by two threads at once.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="router-tokenize")
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def build(self, call: Call) -> Prepared:
+        """Validate and prepare one call.
+
+        Raises:
+            InvalidRequestError: naming the field at fault.
+            ContextLengthError: prompt and answer do not fit the context.
+        """
+        refuse_unserved(call.options)
+        default = COMPLETION_MAX_TOKENS if call.messages is None else None
+        sampling, settled = parse_sampling(
+            call.options, self._config, vocab_size=self._processor.vocab_size, max_tokens_default=default
+        )
+        plan = presets.resolve(call.compression, self._default)
+        self._check_images(call)
+        self._check_length(call)
+        media = await self._media.read(call.images)
+        loop = asyncio.get_running_loop()
+        work = functools.partial(self._assemble, call, media, sampling, plan, settled=settled)
+        return await loop.run_in_executor(self._pool, work)
+
+    def _check_images(self, call: Call) -> None:
+        if call.images and not self._processor.supports_images:
+            message = f"{call.images[0].field}: the model {self._facts.name!r} does not take images"
+            raise InvalidRequestError(message, field=call.images[0].field)
+
+    def _check_length(self, call: Call) -> None:
+        if call.messages is not None:
+            chars = sum(len(part) for m in call.messages for part in m.parts if isinstance(part, str))
+        else:
+            chars = len(call.prompt or "")
+        limit = min(self._config.max_prompt_chars, _CHARS_PER_TOKEN_MAX * self._facts.max_model_len)
+        if chars > limit:
+            field = "prompt" if call.messages is None else "messages"
+            message = f"{field}: {chars} characters of text, at most {limit} are allowed"
+            raise ContextLengthError(message, field=field)
+
+    def _assemble(
+        self,
+        call: Call,
+        media: tuple[MediaInput, ...],
+        sampling: SamplingParams,
+        plan: CompressionPlan,
+        *,
+        settled: bool,
+    ) -> Prepared:
+        salt = tenant_salt(call.tenant, call.cache_salt)
+        prompt = self._prompt(call, media, plan, salt)
+        sampling = self._fit(call, prompt, sampling, settled=settled)
+        root = namespace(self._facts.fingerprint, self._facts.layout, salt)
+        wire_root = wire_namespace(root, plan.wire, lossy=loader.codec(plan.wire.name).lossy)
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            attempt=0,
+            namespace=root,
+            wire_namespace=wire_root,
+            prompt=prompt,
+            media=media,
+            sampling=sampling,
+            compression=plan,
+        )
+        slots = elements(prompt)
+        size = self._facts.layout.block_tokens
+        keys = tuple(block_keys(root, slots, size))
+        wire_keys = keys if wire_root == root else tuple(block_keys(wire_root, slots, size))
+        return Prepared(request, keys, wire_keys, _media_end(prompt))
+
+    def _prompt(self, call: Call, media: Sequence[MediaInput], plan: CompressionPlan, salt: bytes) -> Prompt:
+        if call.messages is not None:
+            tokens: Sequence[int | ImageSlot] = self._processor.render_chat(call.messages)
+        elif call.prompt_ids is not None:
+            self._refuse_placeholder(call.prompt_ids)
+            tokens = call.prompt_ids
+        else:
+            tokens = self._processor.encode_text(call.prompt or "")
+        # Embeddings are reused by key alone, so a salted request must not share them either.
+        visual = plan.visual.fingerprint()
+        visual = digest("salted-plan", visual, salt) if salt else visual
+        segments: list[Segment] = []
+        run: list[int] = []
+        for token in tokens:
+            if not isinstance(token, ImageSlot):
+                run.append(token)
+                continue
+            if run:
+                segments.append(TextSegment(tuple(run)))
+                run = []
+            segments.append(self._media_segment(token.index, media[token.index], plan, visual))
+        if run:
+            segments.append(TextSegment(tuple(run)))
+        return Prompt(tuple(segments))
+
+    def _media_segment(self, index: int, item: MediaInput, plan: CompressionPlan, visual: bytes) -> MediaSegment:
+        raw = self._processor.image_tokens(item.width_px, item.height_px)
+        key = image_key(item.pixel_hash, self._processor.fingerprint, self._facts.encoder_fingerprint, visual)
+        return MediaSegment(index, key, loader.kept_tokens(plan.visual, raw), raw)
+
+    def _refuse_placeholder(self, ids: Sequence[int]) -> None:
+        placeholder = self._processor.image_token_id
+        if placeholder is not None and placeholder in ids:
+            message = f"prompt: token id {placeholder} is the image placeholder; send images in chat messages"
+            raise InvalidRequestError(message, field="prompt")
+
+    def _fit(self, call: Call, prompt: Prompt, sampling: SamplingParams, *, settled: bool) -> SamplingParams:
+        limit = self._facts.max_model_len
+        field = "prompt" if call.messages is None else "messages"
+        room = limit - prompt.raw_tokens
+        if not prompt.tokens:
+            message = f"{field}: the prompt holds no tokens"
+            raise InvalidRequestError(message, field=field)
+        if room < 1:
+            message = (
+                f"{field}: the prompt has {prompt.raw_tokens} tokens, the model's context holds {limit}, "
+                "answer included"
+            )
+            raise ContextLengthError(message, field=field)
+        if not settled:
+            if sampling.min_tokens > room:
+                message = f"min_tokens: {sampling.min_tokens} exceed the {room} tokens left in the context"
+                raise ContextLengthError(message, field="min_tokens")
+            return dataclasses.replace(sampling, max_tokens=room)
+        if sampling.max_tokens > room:
+            message = (
+                f"max_tokens: {sampling.max_tokens} and the {prompt.raw_tokens} tokens of the prompt exceed the "
+                f"model's context of {limit}"
+            )
+            raise ContextLengthError(message, field="max_tokens")
+        return sampling
+
+
+def _media_end(prompt: Prompt) -> int:
+    end = at = 0
+    for segment in prompt.segments:
+        at += segment.tokens
+        if isinstance(segment, MediaSegment):
+            end = at
+    return end

@@ -1,0 +1,163 @@
+"""A router without sockets of its own: everything behind the front doors, wired once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import prismserve
+from prismserve.core.errors import PrismServeError, RequestCancelledError
+from prismserve.kv_transfer.index.mirror import Mirror
+from prismserve.router.admission import Admission
+from prismserve.router.generation import Finished, Generator
+from prismserve.router.media import MediaReader
+from prismserve.router.metrics import RouterMetrics
+from prismserve.router.placement import Placer
+from prismserve.router.requests import RequestBuilder
+from prismserve.router.sessions import WorkerPool
+from prismserve.router.status import pool_status, worker_status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from prismserve.core.types import WorkerInfo
+    from prismserve.kv_transfer.index.base import KVIndex
+    from prismserve.models.processing import Processor
+    from prismserve.router.calls import Call
+    from prismserve.router.config import RouterConfig
+    from prismserve.router.generation import GenerationEvent
+    from prismserve.router.requests import ModelFacts
+
+logger = logging.getLogger(__name__)
+
+
+class RouterService:
+    """Everything a front door needs.
+
+    Args:
+        processor: of the served model.
+        facts: identity and limits of the served model.
+        index: followed for workers and cache contents; closed by its owner, not here.
+        config: limits, timing, placement weights.
+        default_compression: preset or method name of requests that give none.
+        router_id: unique name of this router.
+        cluster_secret: what workers' data planes ask for.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        facts: ModelFacts,
+        index: KVIndex,
+        config: RouterConfig,
+        *,
+        default_compression: str = "off",
+        router_id: str = "router-0",
+        cluster_secret: str = "",
+    ) -> None:
+        self.config = config
+        self.facts = facts
+        self.processor = processor
+        self.router_id = router_id
+        self.admission = Admission(config)
+        self.mirror = Mirror()
+        self.pool = WorkerPool(router_id, self.mirror.workers, self._serves_us, config, cluster_secret)
+        self.metrics = RouterMetrics(facts.name, lambda: self.pool.sessions, lambda: self.admission.running)
+        self._index = index
+        self._media = MediaReader(config)
+        self._builder = RequestBuilder(processor, facts, config, self._media, default_compression)
+        self._placer = Placer(self.pool, self.mirror, config, facts.layout.block_tokens)
+        self._generator = Generator(processor, self.pool, self._placer, self.metrics, config, facts.layout.token_bytes)
+        self._stopping = asyncio.Event()
+        self._follow: asyncio.Task[None] | None = None
+        self._started_at = time.monotonic()
+        self.created = int(time.time())
+
+    async def start(self) -> None:
+        """Follow the index and connect to workers as they register."""
+        self._follow = asyncio.create_task(self._index.follow(self.mirror, self._stopping), name="index-follow")
+        self.pool.start()
+
+    async def stop(self) -> None:
+        """End sessions and threads; requests still running fail as unavailable."""
+        self._stopping.set()
+        await self.pool.stop()
+        if self._follow is not None:
+            done, _ = await asyncio.wait({self._follow}, timeout=self.config.stop_timeout_s)
+            if not done:
+                self._follow.cancel()
+            await asyncio.gather(self._follow, return_exceptions=True)
+        self._media.close()
+        self._builder.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be served now."""
+        return not self._stopping.is_set() and self._placer.ready()
+
+    async def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until :attr:`ready`; False when that took longer than ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while not self.ready:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return False
+            await self.pool.wait_change(min(left_s, 0.25))
+        return True
+
+    async def answer(self, call: Call, *, arrived_at: float) -> AsyncGenerator[GenerationEvent, None]:
+        """Serve one call; closing the iterator cancels it everywhere.
+
+        Args:
+            call: what was asked.
+            arrived_at: ``time.monotonic()`` on arrival.
+
+        Raises:
+            PrismServeError: see :meth:`Generator.run` and :meth:`RequestBuilder.build`.
+        """
+        ended = False
+        try:
+            with self.admission.slot():
+                prepared = await self._builder.build(call)
+                run = self._generator.run(prepared, arrived_at=arrived_at, timeout_s=call.timeout_s)
+                async with contextlib.aclosing(run) as events:
+                    async for event in events:
+                        ended = isinstance(event, Finished)
+                        yield event
+        except PrismServeError as error:
+            ended = True
+            self.metrics.failed(type(error).__name__)
+            raise
+        finally:
+            if not ended:
+                self.metrics.failed(RequestCancelledError.__name__)
+
+    def status(self) -> dict[str, Any]:
+        """The status document: plain data for JSON."""
+        sessions = self.pool.sessions
+        return {
+            "version": prismserve.__version__,
+            "model": self.facts.name,
+            "model_fingerprint": self.facts.fingerprint.hex(),
+            "max_model_len": self.facts.max_model_len,
+            "ready": self.ready,
+            "router": {
+                "id": self.router_id,
+                "uptime_s": round(time.monotonic() - self._started_at, 3),
+                "requests": self.admission.running,
+                "requests_max": self.config.max_concurrent_requests,
+                "index_synced": self.mirror.synced,
+                "index_keys": len(self.mirror),
+                "images_decoded": self._media.decoded_images,
+                "images_remembered": self._media.remembered_images,
+            },
+            "pools": pool_status(sessions),
+            "workers": [worker_status(session) for session in sessions],
+        }
+
+    def _serves_us(self, info: WorkerInfo) -> bool:
+        # During a rolling update two models or layouts may be registered; their KV must never meet.
+        return info.model_fingerprint == self.facts.fingerprint and info.layout == self.facts.layout

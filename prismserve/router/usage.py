@@ -1,0 +1,147 @@
+"""What a finished request reports about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prismserve.core.hashing import canonical_json
+
+if TYPE_CHECKING:
+    from prismserve.core.types import CompressionPlan, PrefillReport, RouteDecision
+    from prismserve.router.requests import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The usage report of one request; OpenAI's counts and ours.
+
+    Attributes:
+        prompt_tokens: cache slots of the prompt, after visual compression.
+        cached_tokens: of those, how many were not prefilled again.
+        kv_bytes_before: KV of the prompt without any compression, in bytes.
+        kv_bytes_after: KV that was kept, in bytes of the resident type.
+        kv_bytes_sent: KV that crossed between workers, as encoded.
+        queue_ms: part of ``ttft_ms`` that was neither encoding, prefill nor exposed transfer.
+        attempts: placements it took; 1 when no worker was lost.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    visual_tokens_before: int
+    visual_tokens_after: int
+    kv_bytes_before: int
+    kv_bytes_after: int
+    kv_bytes_sent: int
+    transport: str
+    ttft_ms: float
+    queue_ms: float
+    encode_ms: float
+    prefill_ms: float
+    transfer_ms: float
+    transfer_exposed_ms: float
+    images: int
+    images_cached: int
+    prefill_worker: str
+    decode_worker: str
+    route_reason: str
+    compression: CompressionPlan
+    attempts: int
+
+    def openai(self) -> dict[str, Any]:
+        """The ``usage`` object of OpenAI's API with the block ``prismserve``."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prismserve": {
+                "visual_tokens_before": self.visual_tokens_before,
+                "visual_tokens_after": self.visual_tokens_after,
+                "kv_bytes_before": self.kv_bytes_before,
+                "kv_bytes_after": self.kv_bytes_after,
+                "kv_bytes_sent": self.kv_bytes_sent,
+                "transport": self.transport,
+                "ttft_ms": round(self.ttft_ms, 3),
+                "queue_ms": round(self.queue_ms, 3),
+                "encode_ms": round(self.encode_ms, 3),
+                "prefill_ms": round(self.prefill_ms, 3),
+                "transfer_ms": round(self.transfer_ms, 3),
+                "transfer_exposed_ms": round(self.transfer_exposed_ms, 3),
+                "images": self.images,
+                "images_cached": self.images_cached,
+                "prefill_worker": self.prefill_worker,
+                "decode_worker": self.decode_worker,
+                "route_reason": self.route_reason,
+                "attempts": self.attempts,
+                "compression": plan_json(self.compression),
+            },
+        }
+
+
+def plan_json(plan: CompressionPlan) -> dict[str, Any]:
+    """A resolved plan as the API shows it: parameters without the method's version."""
+    visual = {name: value for name, value in plan.visual.params if name != "version"}
+    wire = {name: value for name, value in plan.wire.params if name != "version"}
+    return {
+        "preset": plan.preset,
+        "visual": {"method": plan.visual.name, **visual},
+        "wire": {"codec": plan.wire.name, **wire},
+    }
+
+
+def plan_text(plan: CompressionPlan) -> str:
+    """The same as canonical JSON, for gRPC."""
+    return canonical_json(plan_json(plan)).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Who served a request and what they measured.
+
+    Attributes:
+        first: of the attempt that gave the first token.
+        last: of the attempt that gave the last one.
+        report: of the attempt that gave the first token; None if the worker sent none.
+        ttft_s: from arrival at the router to the first token there, in seconds.
+    """
+
+    first: RouteDecision
+    last: RouteDecision
+    report: PrefillReport | None
+    ttft_s: float
+    completion_tokens: int
+    attempts: int
+
+
+def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
+    """Compose the report of a finished request; ``token_bytes`` is the KV of one token over all layers."""
+    prompt = prepared.request.prompt
+    report = served.report
+    ttft_ms = served.ttft_s * 1e3
+    busy_ms = report.encode_ms + report.prefill_ms + report.transfer_exposed_ms if report else 0.0
+    return Usage(
+        prompt_tokens=prompt.tokens,
+        completion_tokens=served.completion_tokens,
+        cached_tokens=min(report.cached_tokens, prompt.tokens) if report else 0,
+        visual_tokens_before=prompt.visual_tokens_raw,
+        visual_tokens_after=prompt.visual_tokens,
+        kv_bytes_before=prompt.raw_tokens * token_bytes,
+        kv_bytes_after=report.kv_bytes_kept if report and report.kv_bytes_kept else prompt.tokens * token_bytes,
+        kv_bytes_sent=report.kv_bytes_sent if report else 0,
+        transport=report.transport if report else "local",
+        ttft_ms=ttft_ms,
+        queue_ms=max(0.0, ttft_ms - busy_ms),
+        encode_ms=report.encode_ms if report else 0.0,
+        prefill_ms=report.prefill_ms if report else 0.0,
+        transfer_ms=report.transfer_ms if report else 0.0,
+        transfer_exposed_ms=report.transfer_exposed_ms if report else 0.0,
+        images=len(prepared.request.media),
+        images_cached=report.images_cached if report else 0,
+        prefill_worker=served.first.prefill_worker or served.first.decode_worker,
+        decode_worker=served.last.decode_worker,
+        route_reason=served.first.reason,
+        compression=prepared.request.compression,
+        attempts=served.attempts,
+    )

@@ -1,0 +1,32 @@
+"""Configuration of one worker process."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from prismserve.core.config import FrozenConfig, PositiveInt, PositiveSeconds
+from prismserve.core.types import Role
+from prismserve.engine.config import EngineConfig
+from prismserve.kv_transfer.config import TransferConfig
+
+
+class WorkerConfig(FrozenConfig):
+    """Everything a worker process is told; composed by the cluster's settings."""
+
+    role: Role
+    model_directory: str
+    dtype: str = Field(default="auto", description="auto, float32 or bfloat16")
+    device: str = Field(default="cpu", description="torch device, for example cpu or cuda")
+    threads: PositiveInt = Field(default=1, description="torch intra-op threads of this process")
+    host: str = Field(default="127.0.0.1", description="address the data-plane server binds to and is reached at")
+    cluster_id: str
+    cluster_secret: str = Field(repr=False)
+    index_url: str = Field(repr=False)
+    engine: EngineConfig = EngineConfig()
+    transfer: TransferConfig = TransferConfig()
+    stats_interval_s: PositiveSeconds = 0.5
+    peer_timeout_s: PositiveSeconds = 10.0
+    kv_wait_timeout_s: PositiveSeconds = Field(
+        default=60.0, description="longest wait of a decode worker for the KV of one request"
+    )
+    drain_timeout_s: PositiveSeconds = 30.0

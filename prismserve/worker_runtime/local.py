@@ -1,0 +1,30 @@
+"""Jobs done entirely here: prefill and decode in this worker's engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prismserve.worker_runtime.jobs import Submission
+    from prismserve.worker_runtime.runtime import WorkerRuntime
+    from prismserve.worker_runtime.sessions import RequestRef
+
+
+class LocalJobs:
+    """Runs a request in the local engine; its outputs go straight to the session.
+
+    Args:
+        runtime: the worker.
+    """
+
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        self._runtime = runtime
+
+    async def submit(self, submission: Submission) -> None:
+        """Fetch what peers hold, then hand the request to the engine."""
+        await self._runtime.exchange.fetch(submission, "local")
+        await self._runtime.on_engine(lambda engine: engine.submit(submission.request, worker="local"))
+
+    async def cancel(self, ref: RequestRef) -> None:
+        """Drop it from the engine."""
+        await self._runtime.on_engine(lambda engine: engine.cancel(*ref))

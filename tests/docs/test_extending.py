@@ -1,0 +1,83 @@
+"""The documentation's promise: an extension is one file. The files on its pages work as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from prismserve.compression import codec as codecs
+from prismserve.compression import loader, presets, visual
+from prismserve.compression.apply import apply_visual
+from prismserve.compression.base import VisualFeatures
+from prismserve.core.errors import IncompatibleLayoutError, UnknownMethodError
+from prismserve.core.types import KVLayout
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def example(page: str) -> str:
+    """The one Python file a page shows."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    return code
+
+
+@pytest.fixture
+def add_file(tmp_path, monkeypatch):
+    """Put a file into a package, as adding it to the tree would."""
+
+    def add(package, name: str, code: str) -> None:
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+        loader.names.cache_clear()
+
+    yield add
+    monkeypatch.undo()
+    loader.names.cache_clear()
+    loader.config_of.cache_clear()
+
+
+def test_a_visual_method_is_one_file(add_file):
+    with pytest.raises(UnknownMethodError):
+        presets.resolve({"visual": {"method": "middle"}}, "off")
+    add_file(visual, "middle", example("add_a_visual_method.md"))
+    spec = presets.resolve({"visual": {"method": "middle", "keep": 4}}, "off").visual
+    tokens = torch.arange(36.0).reshape(36, 1)
+    kept, indices = apply_visual(VisualFeatures(tokens=tokens, grid=(6, 6), seed=bytes(8)), spec)
+    assert indices.tolist() == [14, 15, 20, 21]
+    assert torch.equal(kept[:, 0], torch.tensor([14.0, 15.0, 20.0, 21.0]))
+    assert loader.kept_tokens(spec, 36) == 4
+
+
+def test_a_codec_is_one_file(add_file):
+    add_file(codecs, "half", example("add_a_codec.md"))
+    spec = presets.resolve({"wire": {"codec": "half"}}, "off").wire
+    codec, config = loader.codec(spec.name), loader.config_of(spec, "codec")
+    keys, values = torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    layout = layout_of(kv_heads=2, head_dim=8)
+    encoded = codec.encode(keys, values, config)
+    assert encoded.numel() == codec.encoded_bytes(5, layout, config) == 5 * 2 * 8 * 2 * 2
+    for original, restored in zip((keys, values), codec.decode(encoded, 5, layout, config), strict=True):
+        assert torch.equal(restored, original.to(torch.bfloat16).float())
+    with pytest.raises(IncompatibleLayoutError, match="must have"):
+        codec.decode(encoded[:-1], 5, layout, config)
+
+
+def layout_of(kv_heads: int, head_dim: int) -> KVLayout:
+    return KVLayout(dtype="float32", layers=1, kv_heads=kv_heads, head_dim=head_dim, block_tokens=16)
+
+
+def test_the_examples_are_gone_afterwards():
+    assert "middle" not in loader.names("visual")
+    assert "half" not in loader.names("codec")
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("add_a_*.md")))
+def test_every_file_that_a_page_names_exists(page):
+    text = (ROOT / "docs" / page).read_text()
+    named = set(re.findall(r"`((?:prismserve|tests|benchmarks)/[a-z_/]+(?:\.py)?)`", text))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert f"]({page})" in index

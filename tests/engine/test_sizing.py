@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prismserve.core.errors import ConfigurationError
+from prismserve.core.types import KVLayout
+from prismserve.engine.config import EngineConfig
+from prismserve.engine.sizing import free_memory, plan_kv_groups
+
+LAYOUT = KVLayout("float32", layers=2, kv_heads=2, head_dim=8, block_tokens=16)
+GROUP = 16 * LAYOUT.token_bytes
+
+
+def test_a_quarter_of_free_memory_is_taken_when_it_is_the_smaller() -> None:
+    assert plan_kv_groups(EngineConfig(), LAYOUT, 400 * GROUP, 320) == 100
+
+
+def test_no_more_than_the_running_sequences_can_use_is_taken() -> None:
+    assert plan_kv_groups(EngineConfig(max_running=4), LAYOUT, 10**12, 330) == 4 * 21
+
+
+def test_a_given_size_is_used_as_it_is() -> None:
+    config = EngineConfig(kv_cache_bytes=50 * GROUP + 7, max_running=1)
+    assert plan_kv_groups(config, LAYOUT, 0, 320) == 50
+
+
+@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(kv_cache_bytes=19 * GROUP)])
+def test_a_pool_too_small_for_one_sequence_is_refused(config) -> None:
+    with pytest.raises(ConfigurationError, match=f"max_model_len 320 needs {20 * GROUP} bytes"):
+        plan_kv_groups(config, LAYOUT, 40 * GROUP, 320)
+
+
+def test_the_free_memory_of_this_machine_is_known() -> None:
+    free, share = free_memory(torch.device("cpu"))
+    assert free > 0
+    assert share == 0.25

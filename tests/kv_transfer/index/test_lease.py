@@ -1,0 +1,119 @@
+"""A worker's presence through losses of the index."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+import pytest
+
+from prismserve.core.types import WorkerState
+from prismserve.kv_transfer.index.lease import WorkerLease
+from prismserve.kv_transfer.index.memory import MemoryIndex, MemoryStore
+
+
+def key(number: int) -> bytes:
+    return hashlib.sha256(str(number).encode()).digest()
+
+
+@pytest.fixture
+async def lease(config):
+    """Start leases that are stopped at the end."""
+    leases = []
+
+    async def start(index, info, held, epochs=None):
+        made = WorkerLease(index, info, lambda: sorted(held), config, epochs.append if epochs is not None else None)
+        leases.append(made)
+        await made.start()
+        return made
+
+    yield start
+    for made in leases:
+        await made.stop()
+
+
+async def test_a_lease_announces_what_is_held_and_what_changes(index, new_index, info, follow, eventually, lease):
+    mirror = follow(new_index())
+    worker = await lease(index, info(), {key(1)})
+    await eventually(lambda: mirror.holders(key(1)))
+    worker.changed([key(2), key(3)], [key(1)])
+    await eventually(lambda: mirror.holders(key(3)))
+    assert mirror.holders(key(1)) == ()
+    worker.changed([key(4)], [])
+    worker.changed([], [key(4)])
+    worker.changed([key(5)], [])
+    await eventually(lambda: mirror.holders(key(5)))
+    assert mirror.holders(key(4)) == ()
+
+
+async def test_a_lease_outlives_its_ttl_and_ends_when_stopped(index, new_index, info, config, lease):
+    worker = await lease(index, info(), set())
+    await asyncio.sleep(1.5 * config.lease_ttl_s)
+    assert worker.registered
+    assert [found.epoch for found in await new_index().workers()] == [worker.info.epoch]
+    await worker.stop()
+    assert await new_index().workers() == []
+
+
+async def test_a_new_state_is_published_at_once(index, new_index, info, lease, follow, eventually):
+    mirror = follow(new_index())
+    worker = await lease(index, info(), set())
+    worker.set_state(WorkerState.DRAINING)
+    await eventually(lambda: mirror.worker("w1") and mirror.worker("w1").state is WorkerState.DRAINING)
+
+
+async def test_a_dropped_worker_comes_back_under_a_new_epoch_with_everything(
+    index, new_index, info, follow, eventually, lease
+):
+    mirror = follow(new_index())
+    epochs = []
+    await lease(index, info(), {key(1)}, epochs)
+    await eventually(lambda: mirror.holders(key(1)))
+    await new_index().drop_worker("w1")
+    await eventually(lambda: len(epochs) == 2 and mirror.holders(key(1)))
+    assert epochs[1] > epochs[0]
+    assert mirror.worker("w1").epoch == epochs[1]
+
+
+@pytest.mark.parametrize("fault", ["flush", "restart", "freeze"])
+async def test_a_lost_index_is_rebuilt_under_the_same_epoch(
+    server, redis_index, info, follow, eventually, lease, fault, config
+):
+    mirror = follow(redis_index(server))
+    held = {key(n) for n in range(50)}
+    epochs = []
+    worker = await lease(redis_index(server), info(), held, epochs)
+    await eventually(lambda: mirror.key_count("w1") == 50)
+    if fault == "flush":
+        server.command("FLUSHALL")
+    elif fault == "restart":
+        server.kill()
+        await eventually(lambda: not worker.registered)
+    else:
+        server.freeze()
+        await eventually(lambda: not worker.registered)
+    added, removed = {key(100)}, {key(0)}
+    held |= added
+    held -= removed
+    worker.changed(added, removed)
+    if fault == "restart":
+        server.start()
+    elif fault == "freeze":
+        await asyncio.sleep(config.lease_ttl_s)
+        server.thaw()
+    await eventually(lambda: mirror.synced and mirror.holders(key(100)) and mirror.key_count("w1") == 50)
+    assert mirror.holders(key(0)) == ()
+    assert epochs == [worker.info.epoch]
+
+
+async def test_a_worker_frozen_beyond_its_lease_is_fenced(info, config, eventually):
+    clock = [0.0]
+    store = MemoryStore(lambda: clock[0])
+    index = MemoryIndex(store, config, lambda: clock[0])
+    epochs = []
+    worker = WorkerLease(index, info(), list, config, epochs.append)
+    await worker.start()
+    clock[0] += 30.0
+    await eventually(lambda: len(epochs) == 2)
+    assert epochs[1] > epochs[0]
+    await worker.stop()

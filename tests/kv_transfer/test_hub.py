@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from prismserve.core.errors import ConfigurationError, TransferError, TransportError
+from prismserve.kv_transfer.arena import Arena
+from prismserve.kv_transfer.config import TransferConfig
+from prismserve.kv_transfer.hub import TransportHub
+from prismserve.kv_transfer.transports import base, shm
+
+
+def test_a_link_is_kept_per_worker_and_epoch(make_worker):
+    here, there = make_worker("a"), make_worker("b")
+    link = here.hub.connect(there.info)
+    assert here.hub.connect(there.info) is link
+    assert here.hub.connect(replace(there.info, epoch=2)) is not link
+    with pytest.raises(TransportError, match="superseded"):
+        here.hub.connect(there.info)
+
+
+def test_a_failing_link_is_passed_over_for_the_next_transport(make_worker):
+    config = TransferConfig(arena_bytes=8 << 20, transports=("local", "shm"))
+    here, there = make_worker("a", config), make_worker("b", config)
+    assert here.hub.connect(there.info).transport == "local"
+    here.hub.report(there.info, "local", failed=True)
+    assert here.hub.connect(there.info).transport == "shm"
+    here.hub.report(there.info, "local", failed=False)
+    assert here.hub.connect(there.info).transport == "local"
+
+
+def test_endpoints_of_somebody_else_malformed_or_without_a_common_transport_are_refused(make_worker):
+    here, there = make_worker("a"), make_worker("b")
+    other = make_worker("c", TransferConfig(arena_bytes=8 << 20, transports=("shm",)))
+    with pytest.raises(TransportError, match="names worker b"):
+        here.hub.connect(replace(there.info, worker_id="x"))
+    with pytest.raises(TransferError):
+        here.hub.connect(replace(there.info, endpoint=b"\x80"))
+    with pytest.raises(TransportError, match="this worker has local, it has shm"):
+        here.hub.connect(other.info)
+
+
+def test_a_transport_this_machine_cannot_do_is_left_out_with_its_reason(monkeypatch):
+    def cannot(*_):
+        raise ConfigurationError("transport shm: no sockets here")
+
+    config = TransferConfig(arena_bytes=8 << 20, transports=("shm", "local"))
+    monkeypatch.setattr(shm, "TRANSPORT", cannot)
+    arena = Arena(config)
+    hub = TransportHub("a", arena, config)
+    assert hub.transports == ("local",)
+    assert "no sockets" in hub.unavailable["shm"]
+    hub.close()
+    with pytest.raises(ConfigurationError, match="no transport can be opened"):
+        TransportHub("a", arena, TransferConfig(arena_bytes=8 << 20, transports=("shm",)))
+    arena.close()
+
+
+def test_an_unknown_transport_is_an_error_that_lists_those_there_are():
+    assert base.names() == ("local", "nixl", "shm")
+    with pytest.raises(ConfigurationError, match="available: local, nixl, shm"):
+        base.factory("carrier-pigeon")
