@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from ray.serve import Application
 
-APP_NAME = "prismserve"
 HEALTH_PERIOD_S = 2.0
 STOP_MARGIN_S = 10.0
 ROUTER_RESOURCE = "prismserve_router"

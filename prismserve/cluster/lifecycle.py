@@ -1,6 +1,6 @@
 """A cluster from start to end on one machine or on a Ray cluster that is already there.
 
-``start`` brings up, in this order, the index (unless a URL is given), Ray, and the Serve application; ``stop`` takes
+``start`` checks the machine and brings up, in this order, the index (unless a URL is given), Ray, and the Serve application; ``stop`` takes
 them down in reverse and removes everything they made. A failure on the way stops what was started.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prismserve.cluster.checks import preflight
 from prismserve.core.errors import ConfigurationError, DeadlineExceededError
 from prismserve.core.types import WorkerState
 from prismserve.kv_transfer.index.embedded import EmbeddedServer
@@ -38,6 +39,7 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Ray's object store is not on the data path; this is near the smallest it accepts."""
 
 RAY_NAMESPACE = "prismserve"
+APP_NAME = "prismserve"
 
 LOCAL_RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a single-machine cluster binds to loopback only
@@ -89,13 +91,16 @@ class Cluster:
     def _start(self) -> Addresses:
         settings = self._settings
         self._directory = Path(tempfile.mkdtemp(prefix="prismserve-"))
+        # torch creates its compile cache when some of its modules are imported; it must go when we go.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self._directory / "inductor"))
+        preflight(settings)
         index_url = settings.redis_url
         if index_url is None:
             self._embedded = EmbeddedServer()
             self._embedded.start()
             index_url = self._embedded.url
         self._start_ray()
-        from prismserve.cluster import app  # noqa: PLC0415 - Ray reads its environment when it is imported
+        from prismserve.cluster import app
 
         facts = app.ClusterFacts(
             cluster_id=f"{settings.cluster_name}-{secrets.token_hex(4)}",
@@ -105,15 +110,14 @@ class Cluster:
             **app.resources(),
         )
         app.require_gpus(settings, facts)
-        return self._run(app.application(settings, facts, self._board), app.APP_NAME)
+        return self._run(app.application(settings, facts, self._board), APP_NAME)
 
     def _start_ray(self) -> None:
         if self._owns_ray:
             for name, value in LOCAL_RAY_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self._directory))
-        import ray  # noqa: PLC0415 - reads the environment set above
+        import ray
 
         try:
             if self._owns_ray:
@@ -132,15 +136,15 @@ class Cluster:
             message = f"Ray could not be started: {error}"
             raise ConfigurationError(message, field="ray_address") from error
         self._ray_up = True
-        from prismserve.cluster.startup import StartupBoard  # noqa: PLC0415
+        from prismserve.cluster.startup import StartupBoard
 
         self._board = StartupBoard.remote()  # type: ignore[attr-defined]
 
     def _run(self, application: Any, name: str) -> Addresses:
         """Deploy, and follow the start until the front doors answer or something has failed for good."""
-        from ray import serve  # noqa: PLC0415
-        from ray.serve.api import RunTarget  # noqa: PLC0415
-        from ray.serve.config import HTTPOptions  # noqa: PLC0415
+        from ray import serve
+        from ray.serve.api import RunTarget
+        from ray.serve.config import HTTPOptions
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options=HTTPOptions(location="NoServer"))
@@ -151,7 +155,6 @@ class Cluster:
             wait_for_applications_running=False,
         )
         deadline = time.monotonic() + self._settings.startup_timeout_s
-        addresses: Addresses | None = None
         while time.monotonic() < deadline:
             stages = self._stages()
             self._progress(stages)
@@ -159,20 +162,20 @@ class Cluster:
             if failed is not None:
                 raise ConfigurationError(failed)
             if self._all_ready(stages):
-                if addresses is None:
-                    handle = serve.get_deployment_handle("router", name)
-                    addresses = Addresses(*handle.addresses.remote().result(timeout_s=CALL_TIMEOUT_S))
-                if connected_workers(addresses.http) >= self._settings.workers:
-                    return addresses
+                http, grpc = next(stage.addresses for stage in stages.values() if stage.addresses)
+                if connected_workers(http) >= self._settings.workers:
+                    return Addresses(http, grpc)
             time.sleep(POLL_S)
-        waiting = ", ".join(f"{who}: {stage.stage}" for who, stage in self._stages().items()) or "no process has started"
+        waiting = (
+            ", ".join(f"{who}: {stage.stage}" for who, stage in self._stages().items()) or "no process has started"
+        )
         message = (
             f"the cluster was not ready within startup_timeout_s = {self._settings.startup_timeout_s:g} s ({waiting})"
         )
         raise DeadlineExceededError(message, field="startup_timeout_s")
 
     def _stages(self) -> dict[str, Stage]:
-        import ray  # noqa: PLC0415
+        import ray
 
         stages: dict[str, Stage] = ray.get(self._board.read.remote(), timeout=CALL_TIMEOUT_S)
         return stages
@@ -188,22 +191,17 @@ class Cluster:
         ready = [who for who, stage in stages.items() if stage.stage == "ready"]
         return all(sum(who.startswith(kind) for who in ready) >= count for kind, count in wanted.items())
 
-    def _shutdown_serve(self) -> None:
-        """End the application; what Ray cannot end in time ends with Ray itself."""
-        import ray  # noqa: PLC0415
-        from ray import serve  # noqa: PLC0415
-        from ray.exceptions import RayError  # noqa: PLC0415
+    def _delete_application(self) -> None:
+        """Drain and end the application; what Ray cannot end in time ends with Ray itself."""
+        import ray
+        from ray import serve
+        from ray.exceptions import RayError
 
         try:
-            if self._owns_ray:
-                serve.shutdown()
-            else:
-                from prismserve.cluster.app import APP_NAME  # noqa: PLC0415
-
-                serve.delete(APP_NAME)
-                ray.kill(self._board)
+            serve.delete(APP_NAME)
+            ray.kill(self._board)
         except (RayError, TimeoutError, RuntimeError) as error:
-            logger.warning("Serve did not stop in order: %s", error)
+            logger.warning("the application did not stop in order: %s", error)
 
     def watch(self) -> None:
         """Look after the embedded index; call about once a second while serving.
@@ -218,10 +216,10 @@ class Cluster:
         """Take everything down; safe to call twice and after a failed start."""
         if self._ray_up:
             self._ray_up = False
-            import ray  # noqa: PLC0415
+            import ray
 
             if self._serve_up:
-                self._shutdown_serve()
+                self._delete_application()
             ray.shutdown()
         if self._embedded is not None:
             self._embedded.stop()
@@ -234,7 +232,7 @@ class Cluster:
 def connected_workers(address: str) -> int:
     """How many workers the router at ``host:port`` can place requests on; 0 while it cannot serve."""
     try:
-        with urllib.request.urlopen(f"http://{address}/status", timeout=HEALTH_TIMEOUT_S) as reply:  # noqa: S310
+        with urllib.request.urlopen(f"http://{address}/status", timeout=HEALTH_TIMEOUT_S) as reply:
             document = json.load(reply)
     except (urllib.error.URLError, OSError, ValueError):
         return 0

@@ -65,7 +65,7 @@ class Router:
         except PrismServeError as error:
             report.failed(error.message)
             raise
-        report("ready")
+        report.ready(*self.addresses())
 
     async def _start(self, facts: RouterFacts) -> None:
         settings = self._settings

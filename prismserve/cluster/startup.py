@@ -18,12 +18,14 @@ class Stage:
         done: units of the stage that are done (bytes for ``weights``).
         total: units in all; 0 if unknown.
         error: one sentence when ``failed``.
+        addresses: HTTP and gRPC addresses, ``host:port`` each, of a router that is ``ready``.
     """
 
     stage: str
     done: int = 0
     total: int = 0
     error: str = ""
+    addresses: tuple[str, ...] = ()
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -57,6 +59,10 @@ class Reporter:
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Report progress."""
         self._send(Stage(stage, done, total))
+
+    def ready(self, *addresses: str) -> None:
+        """Report that the process serves, a router with its addresses."""
+        self._send(Stage("ready", addresses=addresses))
 
     def failed(self, error: str) -> None:
         """Report the end of all hope."""

@@ -54,7 +54,7 @@ class Worker:
         except PrismServeError as error:
             report.failed(error.message)
             raise
-        report("ready")
+        report.ready()
 
     def check_health(self) -> None:
         """Called by Serve; raises when the worker cannot serve any more."""

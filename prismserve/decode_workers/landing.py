@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prismserve.core.errors import (
     ContextLengthError,
     DeadlineExceededError,
+    EngineError,
     IncompatibleLayoutError,
     LeaseExpiredError,
     OutOfBlocksError,
@@ -120,6 +121,11 @@ class Landing:
                 arrival.ticket.exception()  # whoever waits sees it; nobody may be waiting
             self._runtime.sessions.deliver([failure(arrival.ref, error)])
             return
+        except Exception:  # a task's outermost frame: the router must hear of it
+            logger.exception("request %s attempt %d could not be admitted", *arrival.ref)
+            await self._abandon(arrival)
+            self._runtime.sessions.deliver([failure(arrival.ref, EngineError("internal error in the decode worker"))])
+            return
         if arrival.ticket.done() or self._arrivals.get(arrival.ref) is not arrival:
             await self._runtime.on_engine(lambda engine: engine.abort_import(ticket))
             return
@@ -170,9 +176,7 @@ class Landing:
             arrival = await self._arrival((message.request_id, message.attempt))
             reservation = await self._grant(arrival, message)
         except PrismServeError as error:
-            return pb.ReserveReply(
-                granted=False, refusal=error.message, retryable=not isinstance(error, _PERMANENT)
-            )
+            return pb.ReserveReply(granted=False, refusal=error.message, retryable=not isinstance(error, _PERMANENT))
         return convert.reservation_to_proto(reservation)
 
     async def _arrival(self, ref: RequestRef) -> Arrival:
@@ -243,9 +247,7 @@ class Landing:
             await self._accept(arrival, manifest, message.generation, convert.report_from_proto(message.report))
         except PrismServeError as error:
             logger.warning("KV refused: %s", error.message)
-            return pb.CommitReply(
-                accepted=False, refusal=error.message, retryable=not isinstance(error, _PERMANENT)
-            )
+            return pb.CommitReply(accepted=False, refusal=error.message, retryable=not isinstance(error, _PERMANENT))
         return pb.CommitReply(accepted=True)
 
     async def _accept(self, arrival: Arrival, manifest: Manifest, generation: int, report: PrefillReport) -> None:

@@ -173,12 +173,7 @@ class Receiver:
 
     def release(self, lease_id: int) -> None:
         """As :meth:`cancel`, but the pages are free at once: the sender has said that it wrote nothing."""
-        with self._lock:
-            landing = self._landings.get(lease_id)
-            if landing is not None:
-                self._end(landing, LeaseExpiredError("the lease was not used"), quarantine=False)
-        if landing is not None:
-            landing.wait_sink()
+        self._end(lease_id, LeaseExpiredError("the lease was not used"), sender_stopped=True)
 
     def expire(self, now_s: float | None = None) -> None:
         """End what has run out; the receiver thread does this on its own."""

@@ -73,6 +73,9 @@ class PrefillJobs:
             self._runtime.exchange.counters.failures += 1
             logger.warning("prefill of %s attempt %d failed: %s", *ref, error.message)
             self._runtime.sessions.deliver([failure(ref, error)])
+        except Exception:  # the job's outermost frame: whatever went wrong, the router must hear of it
+            logger.exception("prefill of %s attempt %d failed unexpectedly", *ref)
+            self._runtime.sessions.deliver([failure(ref, EngineError("internal error in the prefill worker"))])
 
 
 class PushJob:
@@ -156,7 +159,9 @@ class PushJob:
         reply = await peer.reserve(message, min(runtime.config.kv_wait_timeout_s, request.timeout_s))
         if not reply.granted:
             kind = LeaseExpiredError if reply.retryable else EngineError
-            raise kind(f"worker {submission.target_worker} refused room: {reply.refusal}", request_id=request.request_id)
+            raise kind(
+                f"worker {submission.target_worker} refused room: {reply.refusal}", request_id=request.request_id
+            )
         reservation = convert.reservation_from_proto(reply)
         self._outgoing = Outgoing(runtime.hub, peer.info, reservation, request.compression.wire, layout)
         self._export.attach(self._outgoing)

@@ -265,14 +265,10 @@ class Exchange:
         codec_spec = convert.method_from_proto(message.codec)
         return Outgoing(runtime.hub, peer.info, reservation, codec_spec, runtime.engine.layout)
 
-    async def _finish(
-        self, message: pb.PushRequest, outgoing: Outgoing, layer_tokens: tuple[int, ...]
-    ) -> pb.Manifest:
+    async def _finish(self, message: pb.PushRequest, outgoing: Outgoing, layer_tokens: tuple[int, ...]) -> pb.Manifest:
         runtime = self._runtime
         try:
-            payloads = await asyncio.wait_for(
-                asyncio.wrap_future(outgoing.complete()), runtime.config.peer_timeout_s
-            )
+            payloads = await asyncio.wait_for(asyncio.wrap_future(outgoing.complete()), runtime.config.peer_timeout_s)
         except TimeoutError:
             text = f"pushing to worker {message.target_worker} took longer than {runtime.config.peer_timeout_s:g} s"
             raise TransferError(text) from None
@@ -289,8 +285,5 @@ class Exchange:
             prompt_tokens=max(layer_tokens, default=sum(payload.tokens for payload in payloads)),
             cached_tokens=message.cached_tokens,
         )
-        manifest = build(
-            expected, runtime.engine.layout, payloads, layer_tokens=layer_tokens, next_position=0
-        )
+        manifest = build(expected, runtime.engine.layout, payloads, layer_tokens=layer_tokens, next_position=0)
         return convert.manifest_to_proto(manifest)
-

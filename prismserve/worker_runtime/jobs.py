@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prismserve.core.types import Request
     from prismserve.worker_runtime.sessions import RequestRef
 
+
 @dataclass(frozen=True, slots=True)
 class Submission:
     """One placed request, with the router's hints."""

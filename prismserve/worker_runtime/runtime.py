@@ -129,7 +129,9 @@ class WorkerRuntime:
         config = self.config
         self.index = await open_index(config.index_url, config.cluster_id)
         worker_id = f"{config.role.value}-{secrets.token_hex(4)}"
-        server = aio.server(interceptors=[ClusterSecretInterceptor(config.cluster_secret)], options=list(SERVER_OPTIONS))
+        server = aio.server(
+            interceptors=[ClusterSecretInterceptor(config.cluster_secret)], options=list(SERVER_OPTIONS)
+        )
         add_WorkerServicer_to_server(WorkerService(self), server)  # type: ignore[no-untyped-call]
         port = server.add_insecure_port(f"{config.host}:0")
         if port == 0:
@@ -172,7 +174,7 @@ class WorkerRuntime:
             self.lease.set_state(WorkerState.DRAINING)
         deadline = time.monotonic() + self.config.drain_timeout_s
         while self.sessions.requests and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # noqa: ASYNC110 - an event would be kept on the hot path for this alone
 
     async def stop(self) -> None:
         """Leave the cluster and release everything; safe after a failed start."""
@@ -306,4 +308,3 @@ class WorkerRuntime:
     def stats_message(self) -> pb.WorkerMessage:
         """The stats as routers get them."""
         return pb.WorkerMessage(stats=convert.stats_to_proto(self.stats(), self.info.state.value))
-

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from prismserve.core.errors import PrismServeError
+from prismserve.core.errors import EngineError, PrismServeError
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol.worker_pb2_grpc import WorkerServicer
 from prismserve.worker_runtime.jobs import failure, submission_from_proto
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from grpc import aio
 
-    from prismserve.worker_runtime.runtime import WorkerRuntime
     from prismserve.worker_runtime import sessions
+    from prismserve.worker_runtime.runtime import WorkerRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,9 @@ class WorkerService(WorkerServicer):
             await self._runtime.handler(submission.job).submit(submission)
         except PrismServeError as error:
             self._runtime.sessions.deliver([failure(ref, error)])
+        except Exception:  # a job's outermost frame: whatever went wrong, its caller must hear of it
+            logger.exception("request %s attempt %d failed unexpectedly", *ref)
+            self._runtime.sessions.deliver([failure(ref, EngineError("internal error in the worker"))])
 
     async def _cancel(self, ref: sessions.RequestRef) -> None:
         for handler in self._runtime.handlers:

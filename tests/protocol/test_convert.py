@@ -113,5 +113,9 @@ def test_keys_are_joined_and_split() -> None:
 
 
 def test_every_field_of_the_core_type_is_in_its_message() -> None:
-    for core, message in ((SamplingParams, pb.SamplingParams), (PrefillReport, pb.PrefillReport), (Manifest, pb.Manifest)):
+    for core, message in (
+        (SamplingParams, pb.SamplingParams),
+        (PrefillReport, pb.PrefillReport),
+        (Manifest, pb.Manifest),
+    ):
         assert {f.name for f in dataclasses.fields(core)} == set(message.DESCRIPTOR.fields_by_name)

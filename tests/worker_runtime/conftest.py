@@ -31,7 +31,7 @@ from prismserve.router.service import RouterService
 from prismserve.worker_runtime.config import WorkerConfig
 from prismserve.worker_runtime.runtime import WorkerRuntime
 
-SECRET = "a secret of the test's own cluster"  # noqa: S105
+SECRET = "a secret of the test's own cluster"
 ATTACH: dict[Role, tuple[Callable[[WorkerRuntime], None], ...]] = {
     Role.PREFILL: (attach_prefill,),
     Role.DECODE: (attach_decode,),

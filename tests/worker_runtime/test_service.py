@@ -16,7 +16,7 @@ from prismserve.protocol.channel import open_channel, secret_metadata
 from prismserve.protocol.worker_pb2_grpc import WorkerStub
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-SECRET = "a secret of the test's own cluster"  # noqa: S105
+SECRET = "a secret of the test's own cluster"
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

@@ -6,12 +6,11 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from prismserve.cluster.checks import preflight
 from prismserve.cluster.lifecycle import Cluster
 from prismserve.cluster.settings import add_serve_arguments, settings_from
 from prismserve.core.errors import PrismServeError
@@ -49,7 +48,7 @@ class StartupDisplay:
         self._tasks: dict[str, TaskID] = {}
         self._stages: dict[str, str] = {}
 
-    def __enter__(self) -> StartupDisplay:
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._progress.start()
         return self
@@ -91,18 +90,17 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     try:
         settings = settings_from(args, os.environ)
-        preflight(settings)
         with StartupDisplay() as display:
             cluster = Cluster(settings, display.show)
             addresses = cluster.start()
         signal.signal(signal.SIGTERM, interrupt)  # Ray installs a handler of its own while it starts
-        print(f"ready http=http://{addresses.http} grpc={addresses.grpc}", flush=True)  # noqa: T201
+        print(f"ready http=http://{addresses.http} grpc={addresses.grpc}", flush=True)
         while not stop.wait(WATCH_INTERVAL_S):
             cluster.watch()
     except KeyboardInterrupt:
         stop.set()
     except PrismServeError as error:
-        print(f"prismserve: {error.message}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"prismserve: {error.message}", file=sys.stderr, flush=True)
         status = EXIT_FAILED
     finally:
         stop.set()

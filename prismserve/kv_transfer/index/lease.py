@@ -18,6 +18,7 @@ from prismserve.kv_transfer.index.base import KVIndex
 from prismserve.kv_transfer.index.config import IndexConfig
 
 _LOG = logging.getLogger(__name__)
+_CANCEL_AGAIN_S = 0.1
 
 
 class WorkerLease:
@@ -48,6 +49,7 @@ class WorkerLease:
         self._registered = False
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def info(self) -> WorkerInfo:
@@ -85,10 +87,12 @@ class WorkerLease:
 
     async def stop(self) -> None:
         """Stop renewing and leave the index; an unreachable index forgets the worker by its lease."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
-            self._task = None
+        self._stopping = True
+        task, self._task = self._task, None
+        while task is not None and not task.done():
+            # A cancellation that meets a reply in the Redis client can be lost there, so one is not enough.
+            task.cancel()
+            await asyncio.wait((task,), timeout=_CANCEL_AGAIN_S)
         if self._registered:
             self._registered = False
             try:
@@ -102,7 +106,7 @@ class WorkerLease:
         loop = asyncio.get_running_loop()
         next_beat_s = loop.time()
         state = None
-        while True:
+        while not self._stopping:
             try:
                 if loop.time() >= next_beat_s or state is not self._info.state:
                     next_beat_s = loop.time() + self._config.heartbeat_interval_s
