@@ -35,7 +35,9 @@ def generate(output: Path) -> None:
             message = f"protoc failed on {schema.name} with status {status}"
             raise SystemExit(message)
     for stub in output.glob("*_pb2_grpc.py"):
-        text = re.sub(r"^import (\w+_pb2) as", r"from prismserve.protocol import \1 as", stub.read_text(), flags=re.MULTILINE)
+        text = re.sub(
+            r"^import (\w+_pb2) as", r"from prismserve.protocol import \1 as", stub.read_text(), flags=re.MULTILINE
+        )
         stub.write_text(text)
 
 

@@ -70,6 +70,12 @@ def config_of(spec: MethodSpec, stage: str) -> FrozenConfig:
     return _config(stage, spec.name, canonical_json(dict(spec.params)))
 
 
+def forget() -> None:
+    """Look at the folders again: a method's file was added or removed."""
+    names.cache_clear()
+    _config.cache_clear()
+
+
 @functools.lru_cache(maxsize=1024)
 def _config(stage: str, name: str, params: bytes) -> FrozenConfig:
     method: VisualMethod | Codec = visual_method(name) if stage == "visual" else codec(name)

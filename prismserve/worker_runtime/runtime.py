@@ -173,8 +173,9 @@ class WorkerRuntime:
         if self.lease is not None:
             self.lease.set_state(WorkerState.DRAINING)
         deadline = time.monotonic() + self.config.drain_timeout_s
-        while self.sessions.requests and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)  # noqa: ASYNC110 - an event would be kept on the hot path for this alone
+        # An event would be kept on the hot path for this alone.
+        while self.sessions.requests and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
         """Leave the cluster and release everything; safe after a failed start."""

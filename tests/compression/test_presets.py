@@ -19,10 +19,10 @@ def shown(plan):
 @pytest.mark.parametrize(
     ("value", "default", "expected"),
     [
-        (None, "off", ("off", "none", 1.0, "none")),
+        (None, "off", ("off", "none", None, "none")),
         (None, "turbo", ("turbo", "visionzip", 0.125, "int8")),
         ({}, "balanced", ("balanced", "visionzip", 0.25, "int8")),
-        ("off", "turbo", ("off", "none", 1.0, "none")),
+        ("off", "turbo", ("off", "none", None, "none")),
         ("quality", "off", ("quality", "visionzip", 0.5, "none")),
         ("balanced", "off", ("balanced", "visionzip", 0.25, "int8")),
         ("visionzip", "off", ("custom", "visionzip", 0.25, "none")),
@@ -35,8 +35,8 @@ def shown(plan):
          ("custom", "visionzip", 64, "int8")),
         ({"visual": {"keep": 0.5}}, "balanced", ("custom", "visionzip", 0.5, "int8")),
         ({"visual": "uniform", "wire": {"group_tokens": 64}}, "balanced", ("custom", "uniform", 0.25, "int8")),
-        ({"visual": {"method": "none"}, "wire": {"codec": "none"}}, "off", ("off", "none", 1.0, "none")),
-        ({"visual": {}}, "off", ("off", "none", 1.0, "none")),
+        ({"visual": {"method": "none"}, "wire": {"codec": "none"}}, "off", ("off", "none", None, "none")),
+        ({"visual": {}}, "off", ("off", "none", None, "none")),
     ],
 )  # fmt: skip
 def test_what_is_left_out_comes_from_the_preset_or_the_default(value, default, expected):

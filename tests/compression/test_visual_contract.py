@@ -59,8 +59,8 @@ def test_indices_ascend_are_unique_and_in_range(name, count, make_features):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeping_all_is_the_identity(name, dtype, make_features):
     features = make_features(40, dtype=dtype)
-    for keep in (1.0, 40, 41) if name != "none" else (1.0,):
-        tokens, indices = apply_visual(features, spec_of(name, keep=keep))
+    for budget in ({"keep": 1.0}, {"keep": 40}, {"keep": 41}) if name != "none" else ({},):
+        tokens, indices = apply_visual(features, spec_of(name, **budget))
         assert torch.equal(tokens, features.tokens)
         assert tokens.dtype == dtype
         assert torch.equal(indices, torch.arange(40))

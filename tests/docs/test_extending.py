@@ -31,12 +31,11 @@ def add_file(tmp_path, monkeypatch):
     def add(package, name: str, code: str) -> None:
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-        loader.names.cache_clear()
+        loader.forget()
 
     yield add
     monkeypatch.undo()
-    loader.names.cache_clear()
-    loader.config_of.cache_clear()
+    loader.forget()
 
 
 def test_a_visual_method_is_one_file(add_file):

@@ -203,7 +203,7 @@ async def test_a_retryable_prefill_failure_moves_to_another_prefill_worker(start
     ("error", "status"),
     [
         ("retryable: transfer failed at /tmp/secret 10.0.0.1:99", 503),
-        ("retryable: overloaded /tmp/secret", 429),
+        ("retryable: overloaded: /tmp/secret", 429),
         ("Traceback /tmp/secret", 500),
         ("invalid: the prompt needs more blocks than there are", 400),
     ],
