@@ -20,6 +20,7 @@ from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
+from prismserve.engine.metrics import Counters, MovingAverage
 from prismserve.engine.pool import KVPool
 from prismserve.engine.runner import ModelRunner
 from prismserve.engine.sequence import Sequence, State, Work
@@ -279,6 +280,15 @@ class Engine:
     def clear_prefix_cache(self) -> None:
         """Evict every cached block nobody references."""
         self._blocks.prefix.clear()
+
+    def forget(self) -> None:
+        """Back to a fresh start, as after construction: caches empty, counters zero; only while nothing runs."""
+        self.clear_prefix_cache()
+        self.image_cache.clear()
+        self._stepper.counters = Counters()
+        self._stepper.prefill_rate = MovingAverage()
+        self._stepper.step_ms = MovingAverage()
+        self._pipeline.encoded = 0
 
     def stats(self) -> WorkerStats:
         """What this engine has done and holds; ``worker_id`` and the transfer figures are left to the worker."""

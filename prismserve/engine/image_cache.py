@@ -92,3 +92,13 @@ class ImageCache:
         if self.on_change is not None:
             for changed, held in changes:
                 self.on_change(changed, held)
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        with self._lock:
+            lost = list(self._entries)
+            self._entries.clear()
+            self._bytes = 0
+        if self.on_change is not None:
+            for key in lost:
+                self.on_change(key, False)

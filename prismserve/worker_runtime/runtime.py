@@ -40,6 +40,7 @@ from prismserve.worker_runtime.local import LocalJobs
 from prismserve.worker_runtime.peers import PeerDirectory
 from prismserve.worker_runtime.service import WorkerService
 from prismserve.worker_runtime.sessions import RequestRef, SessionTable
+from prismserve.worker_runtime.warmup import warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,7 +123,9 @@ class WorkerRuntime:
             device=config.device,
             progress=lambda done, total: self._progress("weights", done, total),
         )
-        return Engine(self.model, processor, config.engine)
+        engine = Engine(self.model, processor, config.engine)
+        warm_up(engine, processor, self._progress)
+        return engine
 
     async def serve(self) -> None:
         """Open the data plane and register; from here on routers find the worker."""
