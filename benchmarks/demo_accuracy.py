@@ -29,21 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from prismserve.client import AsyncClient
 from prismserve.cluster.served import ServedCluster
 from prismserve.core.errors import PrismServeError
-from prismserve.models.reference.scenes import make_scene
+from prismserve.models.reference.scenes import FAMILIES, make_scene
 
 SEED_FIRST: Final = 10_000_000  # evaluation seeds start here; no scene was trained on
-FAMILIES: Final = (
-    "color",
-    "shape",
-    "size",
-    "count",
-    "exist",
-    "position",
-    "relation",
-    "number",
-    "word",
-    "caption",
-)
 KEEPS: Final = (98, 49, 24)
 VISUAL_TOKENS: Final = 196
 _ANSWER_TOKENS_MAX: Final = 48
