@@ -87,9 +87,7 @@ class Engine:
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
         self._clock = clock
-        self._blocks = BlockManager(
-            self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes
-        )
+        self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
         self._pipeline = VisionPipeline(model, processor, self.image_cache)
         images = ImageStage(self._pipeline, self.image_cache, clock)
         self._stepper = Stepper(

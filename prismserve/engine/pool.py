@@ -179,8 +179,8 @@ class KVPool:
         layers = self.layout.layers
         with self._lock:
             first, last = self._span(table, start_token, keys.shape[0])
-            for index in range(first, last) if generations is not None else ():
-                if self.generations[table[index]] != generations[index]:
+            for index in range(first, last):
+                if generations is not None and self.generations[table[index]] != generations[index]:
                     message = f"KV block {table[index]} was freed while it was being written; the write is refused"
                     raise LeaseExpiredError(message)
             self._store([group * layers + layer for group in table[first:last]], start_token, keys, values)
@@ -248,8 +248,8 @@ class KVPool:
         """:meth:`write` for a table of layer blocks; ``tags`` are those of :attr:`slab` for ``blocks``."""
         with self._lock:
             first, last = self._span(blocks, start_token, keys.shape[0])
-            for index in range(first, last) if tags is not None else ():
-                if self.slab.tag(blocks[index]) != tags[index]:
+            for index in range(first, last):
+                if tags is not None and self.slab.tag(blocks[index]) != tags[index]:
                     message = f"layer block {blocks[index]} was freed while it was being written; the write is refused"
                     raise LeaseExpiredError(message)
             self._store(blocks[first:last], start_token, keys, values)

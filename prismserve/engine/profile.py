@@ -31,7 +31,8 @@ def profile_bytes(model: VisionLanguageModel, layout: KVLayout, step_tokens: int
     before = torch.cuda.memory_allocated(model.device)
     warm_up(model, layout, step_tokens)
     torch.cuda.synchronize(model.device)
-    needed = torch.cuda.max_memory_allocated(model.device) - before
+    pool_bytes = -(-(step_tokens + 1) // layout.block_tokens) * layout.block_tokens * layout.token_bytes
+    needed = max(0, torch.cuda.max_memory_allocated(model.device) - before - pool_bytes)
     torch.cuda.empty_cache()
     _log.info("a step of %d tokens takes %.1f MiB beside weights and KV", step_tokens, needed / (1 << 20))
     return needed

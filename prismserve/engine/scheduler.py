@@ -271,7 +271,7 @@ def plan_step(
     budget: Budget,
     now: float,
     releasable: Callable[[int], Room],
-    policy: Policy = Policy(),  # noqa: B008 - frozen
+    policy: Policy = Policy(),
 ) -> StepPlan:
     """Decide one step.
 

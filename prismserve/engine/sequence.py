@@ -263,4 +263,3 @@ class Sequence:
                 f"the prompt has room for {segment.tokens} of {segment.raw_tokens}"
             )
             raise EngineError(message, request_id=self.request.request_id)
-

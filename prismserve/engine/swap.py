@@ -106,9 +106,7 @@ class SwapSpace:
     def _filled_blocks(self, sequence: Sequence) -> list[int]:
         layers = self._pool.layout.layers
         if sequence.ragged is not None:
-            return [
-                block for table in sequence.ragged for block in table.blocks[: self._pool.blocks_for(table.tokens)]
-            ]
+            return [block for table in sequence.ragged for block in table.blocks[: self._pool.blocks_for(table.tokens)]]
         groups = sequence.table[: self._pool.blocks_for(sequence.cached)]
         return [group * layers + layer for group in groups for layer in range(layers)]
 
@@ -124,7 +122,7 @@ class SwapSpace:
         except EngineError:
             self._prefix.release(held)
             raise
-        rows = swapped.data.unflatten(0, (-1, self._pool.layout.layers))[len(held) :]
+        rows = swapped.data.view(-1, *self._pool.storage.shape[1:])[len(held) :]
         storage = self._pool.storage
         storage[torch.tensor(fresh[: len(rows)], dtype=torch.int64, device=storage.device)] = rows.to(storage.device)
         sequence.table = held + fresh
