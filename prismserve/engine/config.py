@@ -22,7 +22,7 @@ class EngineConfig(FrozenConfig):
         scheduler: ``stall_free`` bounds the prefill tokens of a step that also decodes; ``exact_fill`` fills every
             step to ``max_step_tokens``.
         max_step_tokens: tokens computed in one step, decodes and prefill chunks together.
-        max_prefill_beside_decodes: prefill tokens in a step that also decodes, under ``stall_free``.
+        max_mixed_prefill_tokens: prefill tokens in a step that also decodes, under ``stall_free``.
         priority_ageing_s: waiting that one point of a request's priority is worth, in seconds; None never lets a lower
             priority go before a higher one.
         prefix_bonus_s: waiting that a wholly cached prompt is worth when requests are admitted, in seconds (a partly
@@ -43,7 +43,7 @@ class EngineConfig(FrozenConfig):
     kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8", "int4"] = "auto"
     scheduler: Literal["stall_free", "exact_fill"] = "stall_free"
     max_step_tokens: PositiveInt = 2048
-    max_prefill_beside_decodes: PositiveInt = 512
+    max_mixed_prefill_tokens: PositiveInt = 512
     priority_ageing_s: float | None = Field(default=30.0, gt=0)
     prefix_bonus_s: float = Field(default=0.5, ge=0)
     preemption: Literal["recompute", "swap"] = "recompute"

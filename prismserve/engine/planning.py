@@ -32,7 +32,7 @@ class StepPlanner:
         self._config = config
         self.policy = Policy(
             fill=config.scheduler,
-            beside_decodes=config.max_prefill_beside_decodes,
+            beside_decodes=config.max_mixed_prefill_tokens,
             ageing_s=config.priority_ageing_s,
             prefix_bonus_s=config.prefix_bonus_s,
         )

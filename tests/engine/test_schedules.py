@@ -33,7 +33,7 @@ CONFIGS = st.fixed_dictionaries(
         "preemption": st.sampled_from(["recompute", "swap"]),
         "swap_bytes": st.sampled_from([0, 9000, 1 << 20]),
         "scheduler": st.sampled_from(["stall_free", "exact_fill"]),
-        "max_prefill_beside_decodes": st.sampled_from([1, 8, 100]),
+        "max_mixed_prefill_tokens": st.sampled_from([1, 8, 100]),
         "priority_ageing_s": st.sampled_from([None, 0.5, 30.0]),
         "prefix_bonus_s": st.sampled_from([0.0, 3.0]),
     }
@@ -113,7 +113,11 @@ def test_ten_thousand_random_events_leave_no_block_in_use(text, preemption) -> N
             layer = draw.randrange(LAYERS)
             held = sequence.layer_tokens(LAYERS)[layer]
             try:
-                engine.compact(*sequence.identity, layer, torch.tensor(sorted(draw.sample(range(held), held // 2)), dtype=torch.int64))
+                engine.compact(
+                    *sequence.identity,
+                    layer,
+                    torch.tensor(sorted(draw.sample(range(held), held // 2)), dtype=torch.int64),
+                )
             except OutOfBlocksError:
                 counts["refused"] += 1
             else:
