@@ -12,6 +12,7 @@ from prismserve.cluster.startup import Reporter, configure_logging
 from prismserve.core.errors import EngineError, PrismServeError
 from prismserve.core.loop_thread import LoopThread
 from prismserve.core.types import KVLayout
+from prismserve.engine.sizing import kv_dtype
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.models.loader import encoder_fingerprint, inspect_checkpoint, model_fingerprint, resolve_dtype
 from prismserve.models.processing import Processor
@@ -92,7 +93,7 @@ class Router:
         info = inspect_checkpoint(directory)
         fingerprint = model_fingerprint(directory, settings.dtype, device)
         layout = KVLayout(
-            dtype=str(resolve_dtype(settings.dtype, device)).removeprefix("torch."),
+            dtype=kv_dtype(settings.engine.kv_cache_dtype, resolve_dtype(settings.dtype, device)),
             layers=info.layers,
             kv_heads=info.kv_heads,
             head_dim=info.head_dim,

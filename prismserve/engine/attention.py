@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from prismserve.kernels.paged_attention import attend, plan_batch, write_kv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
     from prismserve.engine.pool import KVPool
+    from prismserve.engine.ragged import LayerTable
+    from prismserve.kernels.paged_attention import PagedBatch
 
 
 class PagedAttention:
     """Writes the step's keys and values into the pool and attends over each sequence's blocks.
 
-    Made once per step; every layer uses the same plan because uniform sequences share one table over all layers.
+    Made once per step. Uniform sequences share one table over all layers, so one plan serves every layer; ragged ones
+    come after them in the batch and are planned layer by layer.
     """
 
     def __init__(
@@ -27,24 +30,65 @@ class PagedAttention:
         starts: Sequence[int],
         counts: Sequence[int],
         slots: torch.Tensor,
+        ragged: Sequence[tuple[Sequence[LayerTable], int]] = (),
     ) -> None:
         """Plan one step.
 
         Args:
             pool: where the blocks are.
-            tables: groups of each sequence.
-            starts: cache slots each sequence held before this step.
-            counts: tokens of each sequence in this step, flattened in this order.
-            slots: [T] int64, ``group * block_tokens + offset`` of each token.
+            tables: groups of each uniform sequence.
+            starts: cache slots each of them held before this step.
+            counts: tokens of each of them in this step, flattened in this order.
+            slots: [T] int64, ``group * block_tokens + offset`` of each token; those of ragged sequences are not read.
+            ragged: tables by layer, as they are before this step, and tokens of each ragged sequence, flattened after
+                the uniform ones.
         """
-        self._storage = pool.storage
-        self._slots = slots
+        self._pool = pool
+        self._ragged = ragged
+        self._rows = sum(counts)
+        self._slots = slots[: self._rows]
         self._scale = pool.layout.head_dim**-0.5
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         self._batch = plan_batch(tables, counts, ends, pool.block_tokens, pool.storage.device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store k and v ([T, kv_heads, d], after RoPE) and return the attention output [T, heads, d]."""
-        view = self._storage[:, layer]
-        write_kv(view, self._slots, k, v)
-        return attend(q, view, self._batch, self._scale)
+        dtype = self._pool.storage.dtype
+        if q.dtype is not dtype:
+            return self.attend(layer, q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
+        if not self._ragged:
+            return self._over(self._pool.storage[:, layer], self._slots, self._batch, (q, k, v))
+        slots, batch = self._layer_plan(layer)
+        rows = self._rows
+        tail = self._over(self._pool.blocks, slots, batch, (q[rows:], k[rows:], v[rows:]))
+        if rows == 0:
+            return tail
+        head = self._over(self._pool.storage[:, layer], self._slots, self._batch, (q[:rows], k[:rows], v[:rows]))
+        return torch.cat((head, tail))
+
+    def _over(
+        self,
+        view: torch.Tensor,
+        slots: torch.Tensor,
+        batch: PagedBatch,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        q, k, v = qkv
+        write_kv(view, slots, k, v)
+        return attend(q, view, batch, self._scale)
+
+    def _layer_plan(self, layer: int) -> tuple[torch.Tensor, PagedBatch]:
+        """Slots and plan of the ragged sequences in one layer, over the pool's single-layer blocks."""
+        size, device = self._pool.block_tokens, self._pool.blocks.device
+        slots: list[int] = []
+        tables: list[list[int]] = []
+        counts: list[int] = []
+        ends: list[int] = []
+        for layers, count in self._ragged:
+            table = layers[layer]
+            end = table.tokens + count
+            slots.extend(table.blocks[slot // size] * size + slot % size for slot in range(table.tokens, end))
+            tables.append(table.blocks)
+            counts.append(count)
+            ends.append(end)
+        return torch.tensor(slots, device=device), plan_batch(tables, counts, ends, size, device)

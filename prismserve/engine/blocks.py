@@ -1,15 +1,20 @@
-"""What sequences do with blocks: match, allocate, grow, publish, release."""
+"""What sequences do with blocks: match, allocate, grow, publish, compact, swap, release."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prismserve.core.errors import EngineError
+from prismserve.core.errors import EngineError, OutOfBlocksError
 from prismserve.core.prompt import block_key
 from prismserve.engine.prefix_cache import PrefixCache, PrefixMatch
+from prismserve.engine.ragged import RaggedLayers, check_tables
+from prismserve.engine.scheduler import Room
+from prismserve.engine.swap import SwapSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import torch
 
     from prismserve.engine.pool import KVPool
     from prismserve.engine.sequence import Sequence
@@ -21,28 +26,45 @@ class BlockManager:
     Attributes:
         pool: block storage and counts.
         prefix: the prefix cache over it.
+        swap: host memory for preempted sequences.
     """
 
-    def __init__(self, pool: KVPool, *, prefix_caching: bool) -> None:
-        """Manage the blocks of ``pool``."""
+    def __init__(self, pool: KVPool, *, prefix_caching: bool, swap_bytes: int = 0) -> None:
+        """Manage the blocks of ``pool``; at most ``swap_bytes`` of host memory are used beside it."""
         self.pool = pool
         self.prefix = PrefixCache(pool, enabled=prefix_caching)
+        self.swap = SwapSpace(pool, self.prefix, swap_bytes)
+        self._ragged = RaggedLayers(pool, self.prefix)
 
     def match(self, sequence: Sequence) -> PrefixMatch:
-        """The cached prefix; the last known token is left out, since its computation yields the logits."""
-        return self.prefix.match(sequence.namespace, sequence.keys, sequence.slots, sequence.length - 1)
+        """The cached prefix that need not be computed."""
+        return self.prefix.match(sequence.namespace, sequence.keys, sequence.slots, sequence.match_limit)
 
-    def admission_blocks(self, sequence: Sequence, match: PrefixMatch) -> int:
-        """Free or idle blocks that admitting the sequence takes up, idle matched ones included."""
+    def room(self) -> Room:
+        """What can be allocated now."""
+        return Room(self.prefix.available(), self.pool.slab.free_blocks)
+
+    def admission(self, sequence: Sequence, match: PrefixMatch) -> Room:
+        """Free or idle room that admitting the sequence takes up, idle matched groups included."""
         idle = sum(self.pool.references[group] == 0 for group in match.groups)
-        return self.pool.blocks_for(sequence.length) - len(match.groups) + idle
+        return Room(self.pool.blocks_for(sequence.cached + sequence.computable) - len(match.groups) + idle)
 
-    def growth_blocks(self, sequence: Sequence) -> int:
-        """Blocks still missing for all known slots."""
-        return max(0, self.pool.blocks_for(sequence.length) - len(sequence.table))
+    def growth(self, sequence: Sequence) -> Room:
+        """Room still missing for all slots that can be computed."""
+        if sequence.ragged is not None:
+            return Room(0, self._ragged.missing(sequence, sequence.computable))
+        return Room(max(0, self.pool.blocks_for(sequence.cached + sequence.computable) - len(sequence.table)))
+
+    def releasable(self, sequence: Sequence) -> Room:
+        """Room that becomes available when the sequence lets go of its blocks."""
+        groups = sum(self.pool.references[group] == 1 for group in sequence.table)
+        owned = [block for table in sequence.ragged or () for block in table.owned]
+        whole = self.pool.slab.freed_groups(owned)
+        # The free blocks of a group that becomes whole leave the count of single ones, which is why this may shrink it.
+        return Room(groups + whole, len(owned) - whole * self.pool.layout.layers)
 
     def admit(self, sequence: Sequence) -> None:
-        """Give a sequence its whole table: matched blocks, a copied partial block, fresh ones.
+        """Give a sequence its table: matched blocks, a copied partial block, fresh ones for all it can compute.
 
         Raises:
             OutOfBlocksError: too few blocks; the sequence is unchanged.
@@ -50,7 +72,7 @@ class BlockManager:
         match = self.match(sequence)
         held = list(match.groups)
         self.pool.retain(held)
-        wanted = self.pool.blocks_for(sequence.length) - len(held)
+        wanted = self.pool.blocks_for(sequence.cached + sequence.computable) - len(held)
         source = match.partial_source
         # Holding the source keeps it from being evicted by this very allocation, and may itself cost an idle block.
         if source is not None and wanted + (self.pool.references[source] == 0) > self.prefix.available():
@@ -88,10 +110,47 @@ class BlockManager:
         sequence.cached = sequence.prefix_tokens = len(held) * self.pool.block_tokens
 
     def grow(self, sequence: Sequence) -> None:
-        """Allocate what is missing for all known slots; OutOfBlocksError if there is too little."""
-        missing = self.growth_blocks(sequence)
+        """Allocate what is missing for all slots that can be computed; OutOfBlocksError if there is too little."""
+        if sequence.ragged is not None:
+            self._ragged.grow(sequence, sequence.computable)
+            return
+        missing = self.growth(sequence).blocks
         if missing:
             sequence.table.extend(self.prefix.allocate(missing))
+
+    def compact(self, sequence: Sequence, layer: int, keep: torch.Tensor) -> None:
+        """Keep some of a layer's slots: see :meth:`prismserve.engine.ragged.RaggedLayers.compact`."""
+        self._ragged.compact(sequence, layer, keep)
+
+    def read_layer(self, sequence: Sequence, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy out all keys and values one layer holds of a sequence: two [tokens, kv_heads, head_dim] tensors."""
+        if sequence.ragged is None:
+            return self.pool.read(layer, sequence.table, 0, sequence.cached)
+        table = sequence.ragged[layer]
+        return self.pool.read_blocks(table.blocks, 0, table.tokens)
+
+    def repeat_compactions(self, sequence: Sequence) -> bool:
+        """Do the compactions that are due in a sequence that is being computed again.
+
+        Returns:
+            False if one found too few blocks; it stays due.
+        """
+        while sequence.replay and sequence.replay[0].at == sequence.cached:
+            due = sequence.replay[0]
+            try:
+                self._ragged.compact(sequence, due.layer, due.keep)
+            except OutOfBlocksError:
+                return False
+            sequence.replay.pop(0)
+        return True
+
+    def swap_out(self, sequence: Sequence) -> bool:
+        """Move a sequence's KV to host memory and let go of its blocks; False, and nothing done, without room."""
+        if not self.swap.copy_out(sequence):
+            return False
+        self.release(sequence)
+        sequence.published = 0
+        return True
 
     def publish(self, sequence: Sequence, *, movable: bool) -> None:
         """List the sequence's newly filled blocks.
@@ -123,21 +182,28 @@ class BlockManager:
         """List the partly filled last block of a sequence that computes no more, so that others can copy from it."""
         block = self.pool.block_tokens
         index, rest = divmod(sequence.cached, block)
-        if rest and sequence.publishable and sequence.published == index and self.prefix.enabled:
+        computed = rest and index < len(sequence.table)
+        if computed and sequence.publishable and sequence.published == index and self.prefix.enabled:
             parent = sequence.keys[index - 1] if index else sequence.namespace
             slots = sequence.slots[index * block : sequence.cached]
             self.prefix.insert(parent, block_key(parent, slots), sequence.table[index], slots)
 
     def release(self, sequence: Sequence) -> None:
-        """Drop the sequence's table."""
+        """Drop the sequence's blocks."""
+        self._ragged.release(sequence)
         self.prefix.release(sequence.table)
         sequence.table = []
 
     def check(self, sequences: Iterable[Sequence], pins: Iterable[Iterable[int]]) -> None:
         """Verify counts, lists and tables against each other; EngineError names the first mismatch."""
         expected: dict[int, int] = {}
+        owned: list[int] = []
+        swapped_bytes = 0
         for sequence in sequences:
-            if sequence.cached > len(sequence.table) * self.pool.block_tokens:
+            swapped_bytes += 0 if sequence.swapped is None else sequence.swapped.nbytes
+            uniform = sequence.ragged is None and sequence.swapped is None
+            owned.extend(check_tables(sequence, self.pool.layout.layers, self.pool.block_tokens))
+            if uniform and sequence.cached > len(sequence.table) * self.pool.block_tokens:
                 message = f"{sequence.cached} tokens are cached in {len(sequence.table)} blocks"
                 raise EngineError(message, request_id=sequence.request.request_id)
             if len(set(sequence.table)) != len(sequence.table):
@@ -152,5 +218,8 @@ class BlockManager:
         for pin in pins:
             for group in pin:
                 expected[group] = expected.get(group, 0) + 1
-        self.pool.check(expected)
+        if swapped_bytes != self.swap.used_bytes:
+            message = f"{swapped_bytes} bytes of KV are swapped, {self.swap.used_bytes} are counted"
+            raise EngineError(message)
+        self.pool.check(expected, owned)
         self.prefix.check()

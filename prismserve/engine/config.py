@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from prismserve.core.config import FrozenConfig, PositiveInt
@@ -15,7 +17,19 @@ class EngineConfig(FrozenConfig):
     Attributes:
         block_tokens: tokens per KV block.
         kv_cache_bytes: memory of the KV pool; None sizes it from free memory and what ``max_running`` can use.
+        kv_cache_dtype: element type of the KV pool: that of the weights (``auto``) or ``bf16``. ``fp8``, ``int8`` and
+            ``int4`` are refused, since attention over them is not offered.
+        scheduler: ``stall_free`` bounds the prefill tokens of a step that also decodes; ``exact_fill`` fills every
+            step to ``max_step_tokens``.
         max_step_tokens: tokens computed in one step, decodes and prefill chunks together.
+        max_mixed_prefill_tokens: prefill tokens in a step that also decodes, under ``stall_free``.
+        priority_ageing_s: waiting that one point of a request's priority is worth, in seconds; None never lets a lower
+            priority go before a higher one.
+        prefix_bonus_s: waiting that a wholly cached prompt is worth when requests are admitted, in seconds (a partly
+            cached one in proportion); bounds how long others can be overtaken. 0 admits in order of arrival.
+        preemption: ``recompute`` drops the KV of a preempted sequence and computes it again; ``swap`` copies it to
+            host memory while there is room, which pays where the copy is cheaper than computing.
+        swap_bytes: host memory for swapped KV.
         max_running: sequences that hold KV blocks at one time.
         max_waiting: submitted sequences that do not run yet; one more is refused.
         image_cache_bytes: memory of the image-embedding cache.
@@ -26,7 +40,14 @@ class EngineConfig(FrozenConfig):
 
     block_tokens: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: PositiveInt | None = None
+    kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8", "int4"] = "auto"
+    scheduler: Literal["stall_free", "exact_fill"] = "stall_free"
     max_step_tokens: PositiveInt = 2048
+    max_mixed_prefill_tokens: PositiveInt = 512
+    priority_ageing_s: float | None = Field(default=30.0, gt=0)
+    prefix_bonus_s: float = Field(default=0.5, ge=0)
+    preemption: Literal["recompute", "swap"] = "recompute"
+    swap_bytes: int = Field(default=1024 * _MIB, ge=0)
     max_running: PositiveInt = 64
     max_waiting: PositiveInt = 256
     image_cache_bytes: int = Field(default=256 * _MIB, ge=0)

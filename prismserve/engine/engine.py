@@ -22,9 +22,10 @@ from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
 from prismserve.engine.metrics import Counters, MovingAverage
 from prismserve.engine.pool import KVPool
+from prismserve.engine.profile import profile_bytes
 from prismserve.engine.runner import ModelRunner
 from prismserve.engine.sequence import Sequence, State, Work
-from prismserve.engine.sizing import free_memory, plan_kv_groups
+from prismserve.engine.sizing import free_memory, kv_dtype, plan_kv_groups
 from prismserve.engine.stepper import Stepper
 from prismserve.engine.vision import VisionPipeline
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from prismserve.core.types import BlockKey, PrefillReport, Request, TokenOutput
     from prismserve.engine.config import EngineConfig
     from prismserve.engine.prefix_cache import CacheEvents
+    from prismserve.engine.taps import Taps
     from prismserve.models.base import VisionLanguageModel
     from prismserve.models.processing import Processor
 
@@ -72,19 +74,21 @@ class Engine:
             raise ConfigurationError(message, field="max_model_len")
         decoder = model.decoder.config
         self.layout = KVLayout(
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=kv_dtype(config.kv_cache_dtype, model.dtype),
             layers=decoder.layers,
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
             block_tokens=config.block_tokens,
         )
         free, share = free_memory(model.device)
+        if config.kv_cache_bytes is None:
+            free = max(0, free - profile_bytes(model, self.layout, config.max_step_tokens))
         groups = plan_kv_groups(config, self.layout, free, self.max_model_len, share=share)
         self.pool = KVPool(self.layout, groups, model.device)
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
         self._clock = clock
-        self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching)
+        self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
         self._pipeline = VisionPipeline(model, processor, self.image_cache)
         images = ImageStage(self._pipeline, self.image_cache, clock)
         self._stepper = Stepper(
@@ -108,6 +112,7 @@ class Engine:
         *,
         worker: Literal["local", "prefill"],
         sink_factory: Callable[[ExportView], LayerSink] | None = None,
+        taps: Taps | None = None,
     ) -> None:
         """Queue a request.
 
@@ -116,6 +121,7 @@ class Engine:
             worker: ``local`` prefills and decodes here; ``prefill`` stops after the first token and keeps the
                 blocks until :meth:`release_export`.
             sink_factory: called in the engine thread when the blocks are allocated, before the first layer runs.
+            taps: query rows of the prompt to score, in which layers; to be read once the first token is out.
 
         Raises:
             OverloadedError: ``max_waiting`` is reached.
@@ -127,6 +133,10 @@ class Engine:
         work = Work(worker)
         sequence = self._create(request, work, request.namespace if work is Work.PREFILL else request.wire_namespace)
         self._check_new(sequence)
+        if taps is not None and (max(taps.layers) >= self.layout.layers or max(taps.slots) >= sequence.length):
+            message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
+            raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+        sequence.taps = taps
         self._sequences[sequence.identity] = sequence
         self._stepper.add(sequence, sink_factory)
 
@@ -151,6 +161,48 @@ class Engine:
         if sequence is not None and sequence.state is State.EXPORTING:
             del self._sequences[sequence.identity]
             self._stepper.drop(sequence)
+
+    # ---- single layers ---------------------------------------------------------------------------------------
+
+    def read_layer(self, request_id: str, attempt: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy out what one layer holds of a request: K after RoPE and V, each [tokens, kv_heads, head_dim]."""
+        return self._blocks.read_layer(self._holder(request_id, attempt), layer)
+
+    def compact(self, request_id: str, attempt: int, layer: int, keep: torch.Tensor) -> None:
+        """Keep some of the slots that one layer holds of a request, and give the memory of the rest back.
+
+        Positions, later tokens and other requests are not affected. The request's KV is private from now on. When it
+        is preempted, the compaction is repeated at the same point of its computation.
+
+        Args:
+            request_id: of a request that computes here, or was prefilled without a sink and waits to be exported.
+            attempt: its attempt.
+            layer: decoder layer.
+            keep: [k] or [kv_heads, k] int64: distinct slots of this layer, as it is now, for all heads or for each.
+                They come to lie in the order given.
+
+        Raises:
+            InvalidRequestError: the layer or the slots make no sense.
+            OutOfBlocksError: what must be copied because it is shared finds no room; nothing has changed.
+            EngineError: the request holds no KV here, or an export or import is reading or writing it.
+        """
+        sequence = self._holder(request_id, attempt)
+        if sequence.streamed:
+            message = "an export reads this request's KV layer by layer, so it cannot be compacted"
+            raise EngineError(message, request_id=request_id)
+        self._blocks.compact(sequence, layer, keep)
+
+    def export_view(self, request_id: str, attempt: int) -> ExportView:
+        """The blocks of a request as they are now, ragged or not; EngineError if it holds none."""
+        sequence = self._holder(request_id, attempt)
+        return ExportView.of(sequence, self.layout.layers, sequence.cached)
+
+    def _holder(self, request_id: str, attempt: int) -> Sequence:
+        sequence = self._sequences.get((request_id, attempt))
+        if sequence is None or sequence.state not in {State.RUNNING, State.EXPORTING}:
+            message = f"request {request_id!r} attempt {attempt} holds no KV here that could be looked at"
+            raise EngineError(message, request_id=request_id)
+        return sequence
 
     # ---- KV from elsewhere -----------------------------------------------------------------------------------
 

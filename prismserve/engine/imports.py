@@ -35,11 +35,12 @@ class ExportView:
     """A prefill's blocks, valid until ``release_export`` or ``cancel``.
 
     Attributes:
-        table: groups, for ``KVPool.read``.
+        table: groups, for ``KVPool.read``; of a ragged sequence, only those it shares.
         prompt_tokens: cache slots to be sent in all, resumed tokens included.
         cached_tokens: leading slots that hold KV already; the sink hears nothing of them.
         layer_tokens: cache length per layer after prefill.
         next_position: position of the first generated token.
+        layer_tables: single-layer blocks of each layer of a ragged sequence, for ``KVPool.read_blocks``.
     """
 
     request_id: str
@@ -49,6 +50,22 @@ class ExportView:
     cached_tokens: int
     layer_tokens: tuple[int, ...]
     next_position: int
+    layer_tables: tuple[tuple[int, ...], ...] | None = None
+
+    @classmethod
+    def of(cls, sequence: Sequence, layers: int, prompt_tokens: int) -> ExportView:
+        """The view of a sequence, uniform or ragged, as it is now."""
+        ragged = sequence.ragged
+        return cls(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            table=tuple(sequence.table),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=sequence.cached,
+            layer_tokens=(prompt_tokens,) * layers if ragged is None else sequence.layer_tokens(layers),
+            next_position=sequence.next_position,
+            layer_tables=None if ragged is None else tuple(tuple(table.blocks) for table in ragged),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,11 @@ class _Command:
 class EngineLoop:
     """Steps an engine while it has work, and runs calls between steps.
 
-    ``on_outputs`` and ``on_cache_events`` are called in the loop's thread and must return at once.
+    ``on_outputs`` and ``on_cache_events`` are called in the loop's thread and must return at once. When there has been
+    nothing to do for a second, the engine's integrity check runs, once.
+
+    Attributes:
+        integrity_failures: times the check found the block accounts wrong; each is logged.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class EngineLoop:
         self._on_outputs = on_outputs
         self._on_cache_events = on_cache_events
         self._commands: queue.Queue[_Command] = queue.Queue(commands_max)
+        self.integrity_failures = 0
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -111,6 +116,7 @@ class EngineLoop:
         self._refuse_commands()
 
     def _run(self) -> None:
+        unchecked = False
         while not self._stopping.is_set():
             self._wake.clear()
             self._run_commands()
@@ -118,8 +124,10 @@ class EngineLoop:
                 self._step()
                 if self._engine.stalled:
                     self._wake.wait(_STALL_WAIT_S)
-            else:
-                self._wake.wait(_IDLE_WAIT_S)
+                unchecked = True
+            elif not self._wake.wait(_IDLE_WAIT_S) and unchecked:
+                self._check()
+                unchecked = False
         self._refuse_commands()
 
     def _run_commands(self) -> None:
@@ -145,6 +153,14 @@ class EngineLoop:
         if outputs:
             self._deliver(self._on_outputs, outputs)
         self._publish_events()
+
+    def _check(self) -> None:
+        """Look for blocks that were lost or given out twice, once after each spell of work."""
+        try:
+            self._engine.check_integrity()
+        except EngineError:
+            self.integrity_failures += 1
+            _log.exception("the engine's block accounts do not add up")
 
     def _publish_events(self) -> None:
         events = self._engine.drain_cache_events()

@@ -22,7 +22,7 @@ class MovingAverage:
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since start, as ``WorkerStats`` reports them."""
+    """Totals since start; ``preemptions`` include the ``swaps`` to host memory."""
 
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -31,3 +31,4 @@ class Counters:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0

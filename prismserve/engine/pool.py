@@ -1,4 +1,4 @@
-"""The KV block pool: storage, reference counts, generation tags, the free list."""
+"""The KV block pool: storage, reference counts, generation tags, the free list, broken groups."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prismserve.core.errors import EngineError, LeaseExpiredError, OutOfBlocksError
+from prismserve.engine.slab import Slab
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,15 +22,19 @@ KEYS, VALUES = 0, 1
 class KVPool:
     """Blocks of KV, handed out in groups: one block in every layer, under one id.
 
-    A group is *used* (referenced by at least one table or pin), *idle* (unreferenced but listed by the prefix cache)
-    or *free*. Its generation grows each time its last reference goes and it is not listed, and each time it is
-    allocated, so a writer that holds an older generation is refused.
+    A group is *used* (referenced by at least one table or pin), *idle* (unreferenced but listed by the prefix cache),
+    *broken* into single-layer blocks with owners of their own (counted as used) or *free*. Its generation grows each
+    time its last reference goes and it is not listed, each time it is allocated and when it is broken, so a writer
+    that holds an older generation is refused. Single-layer blocks have tags of their own, see
+    :class:`prismserve.engine.slab.Slab`.
 
     Counts and lists belong to the engine thread. ``write`` and ``read`` may be called from a transfer thread for
     groups that thread's import or export holds; the lock orders a checked write against the freeing of its groups.
 
     Attributes:
         storage: [groups, layers, 2, block_tokens, kv_heads, head_dim] in the layout's dtype.
+        blocks: the same memory as [groups * layers, 2, block_tokens, kv_heads, head_dim], one row per layer block.
+        slab: the broken groups.
     """
 
     def __init__(self, layout: KVLayout, groups: int, device: torch.device | str = "cpu") -> None:
@@ -42,6 +47,8 @@ class KVPool:
         self.block_tokens = layout.block_tokens
         shape = (groups, layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
         self.storage = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        self.blocks = self.storage.view(groups * layout.layers, *shape[2:])
+        self.slab = Slab(layout.layers)
         self.references = [0] * groups
         self.generations = [0] * groups
         self._listed = bytearray(groups)
@@ -61,7 +68,7 @@ class KVPool:
 
     @property
     def used_groups(self) -> int:
-        """Groups referenced by a table or a pin."""
+        """Groups referenced by a table or a pin, and broken ones."""
         return self.groups - len(self._free) - self._idle
 
     def blocks_for(self, tokens: int) -> int:
@@ -168,45 +175,103 @@ class KVPool:
             generations: tag of each group of ``table`` when the caller was given it; LeaseExpiredError, and nothing
                 written, if one has changed since. None leaves the check out.
         """
-        tokens = keys.shape[0]
-        if tokens == 0:
-            return
-        self._check_range(layer, table, start_token, tokens)
-        heads = (self.layout.kv_heads, self.layout.head_dim)
-        if keys.shape[1:] != heads or values.shape != keys.shape:
-            message = (
-                f"keys {list(keys.shape)} and values {list(values.shape)} must both be [tokens, {heads[0]}, {heads[1]}]"
-            )
-            raise EngineError(message)
-        first, last = start_token // self.block_tokens, (start_token + tokens - 1) // self.block_tokens
-        slots = torch.arange(start_token, start_token + tokens, device=self.storage.device)
-        ids = torch.tensor(table[first : last + 1], device=self.storage.device)
-        rows = ids[slots // self.block_tokens - first]
-        offsets = slots % self.block_tokens
+        self._check_layer(layer)
+        layers = self.layout.layers
         with self._lock:
-            if generations is not None:
-                for index in range(first, last + 1):
-                    if self.generations[table[index]] != generations[index]:
-                        message = f"KV block {table[index]} was freed while it was being written; the write is refused"
-                        raise LeaseExpiredError(message)
-            self.storage[rows, layer, KEYS, offsets] = keys.to(self.storage)
-            self.storage[rows, layer, VALUES, offsets] = values.to(self.storage)
+            first, last = self._span(table, start_token, keys.shape[0])
+            for index in range(first, last):
+                if generations is not None and self.generations[table[index]] != generations[index]:
+                    message = f"KV block {table[index]} was freed while it was being written; the write is refused"
+                    raise LeaseExpiredError(message)
+            self._store([group * layers + layer for group in table[first:last]], start_token, keys, values)
 
     def read(
         self, layer: int, table: Sequence[int], start_token: int, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy out one layer's K and V of consecutive tokens: two [tokens, kv_heads, head_dim] tensors."""
-        self._check_range(layer, table, start_token, tokens)
-        first, end = start_token // self.block_tokens, -(-(start_token + tokens) // self.block_tokens)
-        ids = torch.tensor(table[first:end], dtype=torch.int64, device=self.storage.device)
-        blocks = self.storage[:, layer].index_select(0, ids)
-        offset = start_token - first * self.block_tokens
-        keys = blocks[:, KEYS].flatten(0, 1)[offset : offset + tokens]
-        values = blocks[:, VALUES].flatten(0, 1)[offset : offset + tokens]
-        return keys, values
+        self._check_layer(layer)
+        first, last = self._span(table, start_token, tokens)
+        layers = self.layout.layers
+        return self._load([group * layers + layer for group in table[first:last]], start_token, tokens)
 
-    def check(self, expected_references: dict[int, int]) -> None:
-        """Compare counts, marks and the free list with the references the engine knows of; EngineError on a mismatch."""
+    # ---- single-layer blocks ---------------------------------------------------------------------------------
+
+    def break_up(self, group: int) -> list[int]:
+        """Turn a used group into single-layer blocks of its one owner.
+
+        Returns:
+            Its blocks, in the order of layers.
+
+        Raises:
+            EngineError: the group is shared or listed.
+        """
+        if self.references[group] != 1 or self._listed[group]:
+            message = f"KV block {group} is shared or cached and cannot be broken up"
+            raise EngineError(message)
+        with self._lock:
+            self.references[group] = 0
+            self.generations[group] += 1
+            return self.slab.break_up(group, taken=True)
+
+    def allocate_blocks(self, blocks: int) -> list[int]:
+        """Take single-layer blocks, breaking free groups as needed; OutOfBlocksError if there are too few."""
+        missing = self.groups_for_blocks(blocks)
+        if missing > len(self._free):
+            message = f"the KV pool has {len(self._free)} free blocks, {missing} are needed"
+            raise OutOfBlocksError(message)
+        with self._lock:
+            for _ in range(missing):
+                group = self._free.popleft()
+                self.generations[group] += 1
+                self.slab.break_up(group, taken=False)
+            return self.slab.allocate(blocks)
+
+    def groups_for_blocks(self, blocks: int) -> int:
+        """Free groups that must be broken to give ``blocks`` single-layer blocks."""
+        return max(0, -(-(blocks - self.slab.free_blocks) // self.layout.layers))
+
+    def free_blocks(self, blocks: Iterable[int]) -> None:
+        """Give single-layer blocks back; a group whose blocks are all free becomes whole and free."""
+        with self._lock:
+            for group in self.slab.free(blocks):
+                self.generations[group] += 1
+                self._free.append(group)
+
+    def write_blocks(
+        self,
+        blocks: Sequence[int],
+        start_token: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tags: Sequence[int] | None = None,
+    ) -> None:
+        """:meth:`write` for a table of layer blocks; ``tags`` are those of :attr:`slab` for ``blocks``."""
+        with self._lock:
+            first, last = self._span(blocks, start_token, keys.shape[0])
+            for index in range(first, last):
+                if tags is not None and self.slab.tag(blocks[index]) != tags[index]:
+                    message = f"layer block {blocks[index]} was freed while it was being written; the write is refused"
+                    raise LeaseExpiredError(message)
+            self._store(blocks[first:last], start_token, keys, values)
+
+    def read_blocks(self, blocks: Sequence[int], start_token: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`read` for a table of layer blocks."""
+        first, last = self._span(blocks, start_token, tokens)
+        return self._load(blocks[first:last], start_token, tokens)
+
+    # ---- checking --------------------------------------------------------------------------------------------
+
+    def check(self, expected_references: dict[int, int], owned_blocks: Iterable[int] = ()) -> None:
+        """Compare counts, marks and the free list with the references the engine knows of.
+
+        Args:
+            expected_references: references of each group by tables and pins; 0 where it is left out.
+            owned_blocks: single-layer blocks of ragged tables.
+
+        Raises:
+            EngineError: on the first mismatch.
+        """
+        self.slab.check(owned_blocks)
         free = set(self._free)
         if len(free) != len(self._free):
             message = "the free list names a KV block twice"
@@ -217,7 +282,7 @@ class KVPool:
             if self.references[group] != held:
                 message = f"KV block {group} has {self.references[group]} references, its tables and pins hold {held}"
                 raise EngineError(message)
-            unlisted_idle = held == 0 and not self._listed[group]
+            unlisted_idle = held == 0 and not self._listed[group] and group not in self.slab
             idle += held == 0 and bool(self._listed[group])
             if (group in free) != unlisted_idle:
                 message = f"KV block {group} is {'on' if group in free else 'missing from'} the free list"
@@ -226,10 +291,37 @@ class KVPool:
             message = f"{idle} KV blocks are idle, {self._idle} are counted"
             raise EngineError(message)
 
-    def _check_range(self, layer: int, table: Sequence[int], start_token: int, tokens: int) -> None:
+    def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.layout.layers:
             message = f"layer {layer} is outside 0..{self.layout.layers - 1}"
             raise EngineError(message)
+
+    def _span(self, table: Sequence[int], start_token: int, tokens: int) -> tuple[int, int]:
+        """First and one past the last entry of ``table`` that a range of slots touches."""
         if start_token < 0 or start_token + tokens > len(table) * self.block_tokens:
             message = f"tokens {start_token}..{start_token + tokens} do not fit a table of {len(table)} blocks"
             raise EngineError(message)
+        return start_token // self.block_tokens, -(-(start_token + tokens) // self.block_tokens)
+
+    def _store(self, blocks: Sequence[int], start_token: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write into ``blocks``, the first of which holds slot ``start_token``."""
+        heads = (self.layout.kv_heads, self.layout.head_dim)
+        if keys.shape[1:] != heads or values.shape != keys.shape:
+            message = (
+                f"keys {list(keys.shape)} and values {list(values.shape)} must both be [tokens, {heads[0]}, {heads[1]}]"
+            )
+            raise EngineError(message)
+        offset = start_token % self.block_tokens
+        slots = torch.arange(offset, offset + keys.shape[0], device=self.storage.device)
+        rows = torch.tensor(blocks, dtype=torch.int64, device=self.storage.device)[slots // self.block_tokens]
+        offsets = slots % self.block_tokens
+        self.blocks[rows, KEYS, offsets] = keys.to(self.storage)
+        self.blocks[rows, VALUES, offsets] = values.to(self.storage)
+
+    def _load(self, blocks: Sequence[int], start_token: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor(blocks, dtype=torch.int64, device=self.storage.device)
+        rows = self.blocks.index_select(0, ids)
+        offset = start_token % self.block_tokens
+        keys = rows[:, KEYS].flatten(0, 1)[offset : offset + tokens]
+        values = rows[:, VALUES].flatten(0, 1)[offset : offset + tokens]
+        return keys, values

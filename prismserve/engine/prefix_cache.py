@@ -193,6 +193,18 @@ class PrefixCache:
             self._evict_one()
         return self._pool.allocate(groups)
 
+    def allocate_blocks(self, blocks: int) -> list[int]:
+        """Take single-layer blocks, evicting idle leaves as needed; OutOfBlocksError if there are too few."""
+        if self._pool.groups_for_blocks(blocks) > self.available():
+            message = (
+                f"the KV pool can give {self.available()} blocks and {self._pool.slab.free_blocks} single-layer ones, "
+                f"{blocks} single-layer ones are needed"
+            )
+            raise OutOfBlocksError(message)
+        while not self._pool.can_allocate(self._pool.groups_for_blocks(blocks)):
+            self._evict_one()
+        return self._pool.allocate_blocks(blocks)
+
     def clear(self) -> None:
         """Evict every idle block."""
         while self._pool.idle_groups:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from prismserve.core.errors import EngineError
 from prismserve.engine.attention import PagedAttention
+from prismserve.engine.taps import TappedAttention, tapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from prismserve.engine import sequence as sequences
     from prismserve.engine.pool import KVPool
     from prismserve.models.base import VisionLanguageModel
+    from prismserve.models.decoder import AttentionBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class ModelRunner:
         """Compute the items and write their KV. Nothing may change a table of theirs meanwhile.
 
         Args:
-            items: at least one; different sequences.
+            items: at least one; different sequences, ragged ones last.
             layer_done: called with the layer's index once the KV of all items is final in that layer.
 
         Returns:
@@ -57,13 +60,7 @@ class ModelRunner:
         ids, positions, slots = self._inputs(items)
         x = decoder.embed(ids)
         self._place_images(x, items)
-        attention = PagedAttention(
-            self._pool,
-            [item.sequence.table for item in items],
-            [item.start for item in items],
-            [item.tokens for item in items],
-            slots,
-        )
+        attention = self._attention(items, slots)
         rotary = decoder.rotary(positions)
         for layer in range(decoder.config.layers):
             x = decoder.layer(layer, x, rotary, attention)
@@ -78,6 +75,21 @@ class ModelRunner:
         if len(rows) < x.shape[0]:
             x = x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
         return decoder.logits(x)
+
+    def _attention(self, items: Sequence[RunItem], slots: torch.Tensor) -> AttentionBackend:
+        uniform = [item for item in items if item.sequence.ragged is None]
+        if any(item.sequence.ragged is not None for item in items[: len(uniform)]):
+            message = "ragged sequences must come last in a batch"
+            raise EngineError(message)
+        attention = PagedAttention(
+            self._pool,
+            [item.sequence.table for item in uniform],
+            [item.start for item in uniform],
+            [item.tokens for item in uniform],
+            slots,
+            [(item.sequence.ragged or (), item.tokens) for item in items[len(uniform) :]],
+        )
+        return TappedAttention(attention, self._pool, items) if tapped(items) else attention
 
     def _inputs(self, items: Sequence[RunItem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, positions and cache slots, [T] int64 each on the model's device."""
@@ -96,7 +108,8 @@ class ModelRunner:
             element = sequence.slots[start]
             if item.tokens == 1 and start >= sequence.prompt_tokens and isinstance(element, int):
                 position = sequence.request.prompt.raw_tokens + start - sequence.prompt_tokens
-                decodes.append((element, position, sequence.table[start // block] * block + start % block))
+                slot = 0 if sequence.ragged is not None else sequence.table[start // block] * block + start % block
+                decodes.append((element, position, slot))
                 continue
             flush()
             pieces.append(self._prefill_inputs(item))
@@ -114,6 +127,8 @@ class ModelRunner:
             sequence.prepare_inputs()
         assert sequence.ids is not None  # noqa: S101 - prepare_inputs sets both
         assert sequence.positions is not None  # noqa: S101
+        if sequence.ragged is not None:
+            return sequence.ids[start:end], sequence.positions[start:end], torch.zeros(item.tokens, dtype=torch.int64)
         block = self._pool.block_tokens
         first = start // block
         table = torch.tensor(sequence.table[first : -(-end // block)], dtype=torch.int64)

@@ -13,11 +13,12 @@ from prismserve.core.prompt import Element, block_key, block_keys, elements
 from prismserve.core.types import MediaSegment, TextSegment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Items
-
     from prismserve.core.types import Request
     from prismserve.engine.image_cache import VisualTokens
+    from prismserve.engine.ragged import Compaction, LayerTable
     from prismserve.engine.sampler import TokenCounts
+    from prismserve.engine.swap import SwappedKV
+    from prismserve.engine.taps import Taps
 
 
 class Work(enum.StrEnum):
@@ -71,8 +72,11 @@ class Timings:
 class Sequence:
     """One request's tokens, positions and block table.
 
-    ``cached`` cache slots hold KV; ``length`` slots are known (prompt, then generated). One block table serves every
-    layer while all layers keep the same tokens; ``layer_tokens`` is what a ragged table would vary.
+    ``cached`` slots of the sequence are computed; ``length`` are known (prompt, then generated). One ``table`` of groups
+    serves every layer while all layers keep the same tokens. Once a layer was compacted, ``ragged`` has a table per
+    layer, and ``table`` only the whole groups that some layer still shares. ``compactions`` were done to the KV held,
+    ``replay`` are still to be done to it because it is being computed again. ``swapped`` is the KV of a preempted
+    sequence in host memory. What is ``streamed`` is read by an export layer by layer and must not be compacted.
     """
 
     order: int
@@ -88,12 +92,18 @@ class Sequence:
     cached: int = 0
     published: int = 0
     publishable: bool = True
+    ragged: list[LayerTable] | None = None
+    compactions: list[Compaction] = field(default_factory=list)
+    replay: list[Compaction] = field(default_factory=list)
+    swapped: SwappedKV | None = None
+    taps: Taps | None = None
     prefix_tokens: int = 0
     images: dict[bytes, VisualTokens] = field(default_factory=dict)
     spans: tuple[ImageSpan, ...] = ()
     ids: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     counts: TokenCounts | None = None
+    streamed: bool = False
     reported: bool = False
     ended: bool = False
 
@@ -138,6 +148,23 @@ class Sequence:
         return len(self.slots) - self.cached
 
     @property
+    def computable(self) -> int:
+        """Known slots without KV that come before the next compaction to be repeated."""
+        return self.uncomputed if not self.replay else self.replay[0].at - self.cached
+
+    @property
+    def match_limit(self) -> int:
+        """Leading slots whose KV may come from a cache.
+
+        The last known token yields the logits, tapped tokens yield their queries, and a compaction to be repeated
+        follows the computation of at least one token.
+        """
+        limit = self.length - 1
+        if self.replay:
+            limit = min(limit, self.replay[0].at - 1)
+        return limit if self.taps is None else min(limit, self.taps.first_slot(self.length))
+
+    @property
     def prompt_tokens(self) -> int:
         """Cache slots of the prompt without generated tokens."""
         return len(self.slots) - len(self.generated)
@@ -159,6 +186,18 @@ class Sequence:
         if len(self.slots) % block_tokens == 0:
             parent = self.keys[-1] if self.keys else self.namespace
             self.keys.append(block_key(parent, self.slots[-block_tokens:]))
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` more slots hold KV, in every layer."""
+        self.cached += tokens
+        for table in self.ragged or ():
+            table.tokens += tokens
+
+    def layer_tokens(self, layers: int) -> tuple[int, ...]:
+        """Slots that hold KV in each of ``layers`` layers."""
+        if self.ragged is None:
+            return (self.cached,) * layers
+        return tuple(table.tokens for table in self.ragged)
 
     def missing_images(self, cached_tokens: int) -> list[ImageSpan]:
         """Images with slots beyond ``cached_tokens`` whose embeddings the sequence does not hold, each key once."""
@@ -193,8 +232,10 @@ class Sequence:
         self.ids, self.positions = ids, positions
 
     def reset(self) -> None:
-        """Forget all computed KV (the table must have been released) so that the sequence is computed again."""
+        """Forget all computed KV (its blocks must have been released) so that the sequence is computed again."""
         self.table = []
+        self.replay = self.compactions + self.replay
+        self.compactions = []
         self.cached = self.published = 0
         self.ids = self.positions = None
         self.state = State.WAITING
@@ -222,8 +263,3 @@ class Sequence:
                 f"the prompt has room for {segment.tokens} of {segment.raw_tokens}"
             )
             raise EngineError(message, request_id=self.request.request_id)
-
-
-def private_blocks(sequence: Sequence, references: Items[int]) -> int:
-    """Blocks that become available when the sequence lets go of its table."""
-    return sum(references[group] == 1 for group in sequence.table)

@@ -54,6 +54,24 @@ def plan_kv_groups(
     return groups
 
 
+def kv_dtype(choice: str, model_dtype: torch.dtype) -> str:
+    """Name of the element type of the KV pool.
+
+    Args:
+        choice: ``EngineConfig.kv_cache_dtype``.
+        model_dtype: of the weights.
+
+    Raises:
+        ConfigurationError: a type that attention cannot read.
+    """
+    if choice == "auto":
+        return str(model_dtype).removeprefix("torch.")
+    if choice == "bf16":
+        return "bfloat16"
+    message = f"kv_cache_dtype {choice} is not offered: attention reads the pool in its own type; use auto or bf16"
+    raise ConfigurationError(message, field="kv_cache_dtype")
+
+
 def free_memory(device: torch.device) -> tuple[int, float]:
     """Free bytes on a device, and the share of them a KV pool may take."""
     if device.type == "cuda":

@@ -5,15 +5,15 @@ from __future__ import annotations
 from bisect import insort
 from typing import TYPE_CHECKING
 
-from prismserve.core.errors import PrismServeError, outcome_text
+from prismserve.core.errors import OutOfBlocksError, PrismServeError, outcome_text
 from prismserve.core.types import FinishReason, PrefillReport, TextSegment, TokenOutput
 from prismserve.engine.finish import blocked_tokens, finish_reason
 from prismserve.engine.imports import ExportView
 from prismserve.engine.metrics import Counters, MovingAverage
+from prismserve.engine.planning import LOOKAHEAD, StepPlanner
 from prismserve.engine.runner import RunItem
 from prismserve.engine.sampler import SampleRow, TokenCounts, has_penalty, sample
-from prismserve.engine.scheduler import Budget, RunningView, StepPlan, WaitingView, plan_step
-from prismserve.engine.sequence import Sequence, State, Work, private_blocks
+from prismserve.engine.sequence import Sequence, State, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,14 +24,8 @@ if TYPE_CHECKING:
     from prismserve.engine.encoding import ImageStage
     from prismserve.engine.imports import LayerSink
     from prismserve.engine.runner import ModelRunner
+    from prismserve.engine.scheduler import StepPlan
     from prismserve.models.base import VisionLanguageModel
-
-# Waiting sequences looked at in one step: bounds the prefix look-ups and the images encoded ahead.
-_LOOKAHEAD = 16
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return (-sequence.request.priority, sequence.order)
 
 
 class Stepper:
@@ -71,6 +65,7 @@ class Stepper:
         self._images = images
         self._runner = runner
         self._config = config
+        self._planner = StepPlanner(blocks, config)
         self._max_model_len = max_model_len
         self._clock = clock
         self._factories: dict[int, Callable[[ExportView], LayerSink]] = {}
@@ -87,7 +82,7 @@ class Stepper:
         """Queue a sequence."""
         if sink_factory is not None:
             self._factories[sequence.order] = sink_factory
-        insort(self.waiting, sequence, key=_rank)
+        insort(self.waiting, sequence, key=self._planner.rank)
 
     def join(self, sequence: Sequence, tokens: Items[int], report: PrefillReport | None) -> None:
         """Take in an imported sequence whose prompt is computed, with its first tokens; they come out next step."""
@@ -105,6 +100,7 @@ class Stepper:
         self._sinks.pop(sequence.order, None)
         self._blocks.publish_tail(sequence)
         self._blocks.release(sequence)
+        self._blocks.swap.drop(sequence)
         sequence.ended = True
 
     def step(self, held_slots: int) -> list[TokenOutput]:
@@ -113,14 +109,16 @@ class Stepper:
         outputs, self._outbox = self._outbox, []
         self.stalled = True
         self._prepare_images(outputs)
-        plan = self._plan(held_slots, started)
+        self._repeat_compactions(self.running.values())
+        held = held_slots + len(self.exporting)
+        plan = self._planner.plan(self.running, self.waiting, self._sinks, held, started)
         by_order = {**self.running, **{sequence.order: sequence for sequence in self.waiting}}
         for order in plan.expired:
             sequence = by_order[order]
             message = f"the request's {sequence.request.timeout_s:g} s are over"
             self._fail(sequence, message, outputs)
         for order in plan.preempted:
-            self._preempt(by_order[order])
+            self._preempt(by_order[order], outputs, alone=len(self.running) + held == 1)
         for order in plan.admitted:
             self._admit(by_order[order], outputs)
         items = self._items(plan, by_order)
@@ -143,8 +141,8 @@ class Stepper:
 
     def _prepare_images(self, outputs: list[TokenOutput]) -> None:
         wanting = [
-            (sequence, self._blocks.match(sequence).tokens)
-            for sequence in self.waiting[:_LOOKAHEAD]
+            (sequence, self._blocks.match(sequence).tokens if sequence.swapped is None else sequence.cached)
+            for sequence in self.waiting[:LOOKAHEAD]
             if sequence.missing_images(0)
         ]
         if not wanting:
@@ -156,81 +154,39 @@ class Stepper:
         self._computing = []
         self.stalled = self.stalled and not encoded
 
-    def _plan(self, held_slots: int, now: float) -> StepPlan:
-        views = [
-            RunningView(
-                order=sequence.order,
-                priority=sequence.request.priority,
-                uncomputed=sequence.uncomputed,
-                new_blocks=self._blocks.growth_blocks(sequence),
-                deadline=sequence.deadline,
-                pinned=sequence.order in self._sinks,
-            )
-            for sequence in self.running.values()
-        ]
-        held = held_slots + len(self.exporting)
-        budget = Budget(
-            step_tokens=self._config.max_step_tokens,
-            running=self._config.max_running,
-            held=held,
-            blocks=self._blocks.prefix.available(),
-        )
-        full = len(self.running) + held >= self._config.max_running
-        waiting = self._expired_views(now) if full else self._waiting_views(now)
-        return plan_step(views, waiting, budget, now, self._releasable)
-
-    def _releasable(self, order: int) -> int:
-        return private_blocks(self.running[order], self._blocks.pool.references)
-
-    def _expired_views(self, now: float) -> list[WaitingView]:
-        return [
-            WaitingView(sequence.order, sequence.request.priority, 0, 0, ready=False, deadline=sequence.deadline)
-            for sequence in self.waiting
-            if sequence.deadline <= now
-        ]
-
-    def _waiting_views(self, now: float) -> list[WaitingView]:
-        """Views of the first in rank. One whose next block is being computed by another waits to share it."""
-        claimed: set[bytes] = set()
-        for sequence in self.running.values():
-            if sequence.uncomputed > 1 and sequence.publishable and self._config.prefix_caching:
-                claimed.update(sequence.keys[sequence.published :])
-        views = self._expired_views(now)
-        for sequence in self.waiting[:_LOOKAHEAD]:
-            match = self._blocks.match(sequence)
-            coming = sequence.keys[len(match.groups) :]
-            shared = bool(coming) and coming[0] in claimed
-            ready = not shared and not sequence.missing_images(match.tokens)
-            if ready and self._config.prefix_caching:
-                claimed.update(coming)
-            view = WaitingView(
-                order=sequence.order,
-                priority=sequence.request.priority,
-                uncomputed=sequence.length - match.tokens,
-                new_blocks=self._blocks.admission_blocks(sequence, match),
-                ready=ready,
-                deadline=sequence.deadline,
-            )
-            if sequence.deadline > now:
-                views.append(view)
-        return views
-
     # ---- applying --------------------------------------------------------------------------------------------
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, outputs: list[TokenOutput], *, alone: bool) -> None:
+        if alone and sequence.ragged is not None:
+            # Nobody else holds a block, so it would find too few again; a uniform sequence always fits alone.
+            message = f"the KV pool of {self._blocks.pool.groups} blocks cannot hold the sequence and what it shares"
+            self._fail(sequence, outcome_text(OutOfBlocksError(message)), outputs)
+            return
         del self.running[sequence.order]
-        self._blocks.release(sequence)
-        sequence.reset()
-        insort(self.waiting, sequence, key=_rank)
-        self.counters.preemptions += 1
-
-    def _admit(self, sequence: Sequence, outputs: list[TokenOutput]) -> None:
-        self._blocks.admit(sequence)
-        if sequence.missing_images(sequence.cached):
-            # An admission before this one evicted blocks this one had counted on.
+        if self._config.preemption == "swap" and self._blocks.swap_out(sequence):
+            sequence.state = State.WAITING
+            self.counters.swaps += 1
+        else:
             self._blocks.release(sequence)
             sequence.reset()
-            return
+        insort(self.waiting, sequence, key=self._planner.rank)
+        self.counters.preemptions += 1
+
+    def _repeat_compactions(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.replay and not sequence.ended:
+                self._blocks.repeat_compactions(sequence)
+
+    def _admit(self, sequence: Sequence, outputs: list[TokenOutput]) -> None:
+        if sequence.swapped is not None:
+            self._blocks.swap.copy_in(sequence)
+        else:
+            self._blocks.admit(sequence)
+            if sequence.missing_images(sequence.cached):
+                # An admission before this one evicted blocks this one had counted on.
+                self._blocks.release(sequence)
+                sequence.reset()
+                return
         self.waiting.remove(sequence)
         sequence.state = State.RUNNING
         self.running[sequence.order] = sequence
@@ -250,15 +206,8 @@ class Stepper:
         factory = self._factories.pop(sequence.order, None)
         if factory is None:
             return
-        view = ExportView(
-            request_id=sequence.request.request_id,
-            attempt=sequence.request.attempt,
-            table=tuple(sequence.table),
-            prompt_tokens=sequence.length,
-            cached_tokens=sequence.cached,
-            layer_tokens=(sequence.length,) * self._blocks.pool.layout.layers,
-            next_position=sequence.next_position,
-        )
+        view = ExportView.of(sequence, self._blocks.pool.layout.layers, sequence.length)
+        sequence.streamed = True
         self._sinks[sequence.order] = factory(view)
 
     def _prepare_counts(self, sequence: Sequence) -> None:
@@ -274,9 +223,9 @@ class Stepper:
             if sequence.state is not State.RUNNING or sequence.ended:
                 continue
             self._blocks.grow(sequence)
-            tokens = min(chunk.tokens, sequence.uncomputed)
+            tokens = min(chunk.tokens, sequence.computable)
             items.append(RunItem(sequence, sequence.cached, tokens, samples=tokens == sequence.uncomputed))
-        return items
+        return sorted(items, key=lambda item: item.sequence.ragged is not None)
 
     # ---- computing -------------------------------------------------------------------------------------------
 
@@ -288,8 +237,9 @@ class Stepper:
         tokens = sample(logits, [self._sample_row(sequence) for sequence in sampling]) if sampling else []
         for item in items:
             sequence = item.sequence
-            sequence.cached += item.tokens
+            sequence.advance(item.tokens)
             self._blocks.publish(sequence, movable=sequence.order not in self._sinks)
+        self._repeat_compactions(item.sequence for item in items)
         for order, message in broken.items():
             self._fail(self.running[order], message, outputs)
         for sequence, token in zip(sampling, tokens, strict=True):

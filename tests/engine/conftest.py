@@ -30,6 +30,7 @@ from prismserve.models.loader import load_model
 from prismserve.models.processing import ChatMessage, ImageSlot, Processor
 from prismserve.models.reference import reference_path
 from prismserve.models.reference.scenes import HELD_OUT_SEED, make_scene
+from tests.engine.small_text import TextWorkshop
 
 NAMESPACE = b"n" * 32
 OFF = CompressionPlan(visual=normalise(visual_method("none"), {}, "visual"))
@@ -140,6 +141,11 @@ def tokens_of(outputs: dict[str, list[TokenOutput]]) -> dict[str, list[int]]:
 @pytest.fixture(scope="session")
 def workshop() -> Workshop:
     return Workshop()
+
+
+@pytest.fixture(scope="session")
+def text() -> TextWorkshop:
+    return TextWorkshop()
 
 
 @pytest.fixture(scope="session")

@@ -128,3 +128,28 @@ def test_a_receiver_that_fails_does_not_end_the_loop(workshop) -> None:
         time.sleep(0.01)
     assert loop.alive
     loop.stop(WAIT_S)
+
+
+def test_lost_blocks_are_found_once_the_engine_is_idle(workshop, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("prismserve.engine.loop._IDLE_WAIT_S", 0.02)
+    engine = workshop.engine()
+    loop = EngineLoop(engine, lambda outputs: None, lambda events: None)
+    loop.start()
+    loop.call(lambda e: e.submit(workshop.request("a", "x"), worker="local")).result(WAIT_S)
+    assert settled(lambda: not engine.has_work)
+    time.sleep(0.2)
+    assert loop.integrity_failures == 0
+    loop.call(lambda e: e.pool.allocate(1)).result(WAIT_S)
+    loop.call(lambda e: e.submit(workshop.request("b", "x"), worker="local")).result(WAIT_S)
+    assert settled(lambda: loop.integrity_failures == 1)
+    assert "do not add up" in caplog.text
+    time.sleep(0.1)
+    assert loop.integrity_failures == 1, "once after each spell of work"
+    loop.stop(WAIT_S)
+
+
+def settled(condition) -> bool:
+    deadline = time.monotonic() + WAIT_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()

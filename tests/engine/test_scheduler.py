@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prismserve.engine.scheduler import Budget, Chunk, RunningView, StepPlan, WaitingView, plan_step
+from prismserve.engine.scheduler import Budget, Chunk, Policy, Room, RunningView, StepPlan, WaitingView, plan_step
 
 LATER = 1e9
 
@@ -13,11 +13,20 @@ def running(order: int, uncomputed: int = 1, new_blocks: int = 0, priority: int 
 
 
 def waiting(order: int, uncomputed: int, new_blocks: int, priority: int = 0, **extra) -> WaitingView:
-    return WaitingView(order, priority, uncomputed, new_blocks, extra.pop("ready", True), extra.pop("deadline", LATER))
+    ready, deadline = extra.pop("ready", True), extra.pop("deadline", LATER)
+    return WaitingView(order, priority, uncomputed, new_blocks, ready, deadline, **extra)
 
 
-def plan(run=(), wait=(), *, tokens=100, slots=8, held=0, blocks=100, now=0.0, release=lambda order: 2) -> StepPlan:
-    return plan_step(run, wait, Budget(tokens, slots, held, blocks), now, release)
+def plan(
+    run=(), wait=(), *, tokens=100, slots=8, held=0, blocks=100, now=0.0, release=lambda order: 2, policy=None, **room
+) -> StepPlan:
+    budget = Budget(tokens, slots, held, blocks, **room)
+
+    def releasable(order: int) -> Room:
+        given = release(order)
+        return given if isinstance(given, Room) else Room(given)
+
+    return plan_step(run, wait, budget, now, releasable, policy or Policy())
 
 
 def test_decodes_come_first_then_prefills_under_way_then_admissions() -> None:
@@ -82,6 +91,58 @@ def test_expired_sequences_are_named_and_not_computed() -> None:
     result = plan([running(1, deadline=5.0), running(2)], [waiting(3, 4, 1, deadline=4.0)], now=5.0)
     assert result.expired == (1, 3)
     assert result.chunks == (Chunk(2, 1),)
+
+
+def test_stall_free_bounds_the_prefill_beside_decodes_and_exact_fill_fills_the_step() -> None:
+    runners, queue = [running(1, 500), running(2), running(3)], [waiting(4, 500, 1)]
+    bounded = plan(runners, queue, policy=Policy("stall_free", 20))
+    assert bounded.chunks == (Chunk(2, 1), Chunk(3, 1), Chunk(1, 20))
+    assert plan(runners, queue, policy=Policy("exact_fill", 20)).tokens == 100
+    assert plan([running(1, 500)], queue, policy=Policy("stall_free", 20)).tokens == 100, "no decode to stall"
+
+
+def test_a_short_prompt_is_cut_to_fill_the_step_exactly() -> None:
+    queue = [waiting(1, 70, 1), waiting(2, 60, 1)]
+    assert plan([], queue, policy=Policy("exact_fill")).chunks == (Chunk(1, 70), Chunk(2, 30))
+
+
+def test_a_lower_priority_goes_first_once_it_has_waited_long_enough() -> None:
+    policy = Policy(ageing_s=10.0)
+    early, urgent = waiting(1, 100, 1, arrived=0.0), waiting(2, 100, 1, priority=2, arrived=19.0)
+    assert plan([], [early, urgent], policy=policy).admitted == (2,)
+    late = waiting(2, 100, 1, priority=2, arrived=21.0)
+    assert plan([], [early, late], policy=policy).admitted == (1,)
+    assert plan([], [early, late], policy=Policy(ageing_s=None)).admitted == (2,), "strict"
+
+
+def test_the_longest_wait_in_rank_is_preempted_last() -> None:
+    policy = Policy(ageing_s=10.0)
+    runners = [running(1, new_blocks=1, arrived=5.0), running(2, arrived=0.0), running(3, priority=1, arrived=12.0)]
+    result = plan(runners, blocks=0, release=lambda order: 1, policy=policy)
+    assert result.preempted == (1,)
+    assert [chunk.order for chunk in result.chunks] == [2, 3]
+
+
+def test_a_cached_prefix_is_worth_a_bounded_wait() -> None:
+    policy = Policy(prefix_bonus_s=4.0)
+    plain = waiting(1, 100, 1, arrived=0.0)
+    assert plan([], [plain, waiting(2, 25, 1, arrived=2.9, cached=75)], policy=policy).admitted == (2, 1)
+    assert plan([], [plain, waiting(2, 25, 1, arrived=3.1, cached=75)], policy=policy).admitted == (1,)
+
+
+def test_layer_blocks_come_from_broken_groups_first_and_then_break_whole_ones() -> None:
+    needy = running(1, new_layer_blocks=5)
+    assert plan([needy], blocks=0, layers=4, layer_blocks=5).chunks == (Chunk(1, 1),)
+    assert plan([needy, running(2, new_blocks=1)], blocks=2, layers=4, layer_blocks=1).chunks == (
+        Chunk(1, 1),
+        Chunk(2, 1),
+    )
+    result = plan([needy, running(2)], blocks=0, layers=4, layer_blocks=3, release=lambda order: Room(0, 2))
+    assert (result.preempted, result.chunks) == ((2,), (Chunk(1, 1),))
+
+
+def test_one_with_nothing_to_compute_now_gets_no_chunk() -> None:
+    assert plan([running(1, 0), running(2)]).chunks == (Chunk(2, 1),)
 
 
 VIEWS = st.tuples(

@@ -6,7 +6,7 @@ import torch
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.types import KVLayout
 from prismserve.engine.config import EngineConfig
-from prismserve.engine.sizing import free_memory, plan_kv_groups
+from prismserve.engine.sizing import free_memory, kv_dtype, plan_kv_groups
 
 LAYOUT = KVLayout("float32", layers=2, kv_heads=2, head_dim=8, block_tokens=16)
 GROUP = 16 * LAYOUT.token_bytes
@@ -35,3 +35,29 @@ def test_the_free_memory_of_this_machine_is_known() -> None:
     free, share = free_memory(torch.device("cpu"))
     assert free > 0
     assert share == 0.25
+
+
+def test_the_pool_takes_the_type_of_the_weights_or_the_one_named() -> None:
+    assert kv_dtype("auto", torch.float16) == "float16"
+    assert kv_dtype("bf16", torch.float32) == "bfloat16"
+
+
+@pytest.mark.parametrize("choice", ["fp8", "int8", "int4"])
+def test_a_type_attention_cannot_read_is_refused_by_name(text, choice) -> None:
+    with pytest.raises(ConfigurationError, match=f"kv_cache_dtype {choice} is not offered") as caught:
+        text.engine(kv_cache_dtype=choice)
+    assert caught.value.field == "kv_cache_dtype"
+
+
+def test_a_bf16_pool_under_float32_weights_halves_the_memory_and_stays_close(text) -> None:
+    exact, halved = text.engine(), text.engine(kv_cache_dtype="bf16")
+    assert halved.layout.token_bytes * 2 == exact.layout.token_bytes
+    assert halved.layout.fingerprint() != exact.layout.fingerprint()
+    kept = []
+    for engine in (exact, halved):
+        engine.submit(text.request("a", text.prompt(1, 30), 4), worker="local")
+        engine.step()
+        kept.append(engine.read_layer("a", 0, 0)[0])
+        engine.check_integrity()
+    assert kept[1].dtype is torch.bfloat16
+    torch.testing.assert_close(kept[1].float(), kept[0], rtol=2**-7, atol=1e-3)
