@@ -11,13 +11,15 @@ import torch
 from prismserve.core.errors import EngineError
 from prismserve.core.prompt import Element, block_key, block_keys, elements
 from prismserve.core.types import MediaSegment, TextSegment
+from prismserve.engine.sampler import is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Items
 
     from prismserve.core.types import Request
+    from prismserve.engine.constraints import Matcher
     from prismserve.engine.image_cache import VisualTokens
-    from prismserve.engine.sampler import TokenCounts
+    from prismserve.engine.sampler import TokenBias, TokenCounts
 
 
 class Work(enum.StrEnum):
@@ -71,7 +73,7 @@ class Timings:
 class Sequence:
     """One request's tokens, positions and block table.
 
-    ``cached`` cache slots hold KV; ``length`` slots are known (prompt, then generated). One block table serves every
+    ``plain`` requests choose greedily without further options. ``cached`` cache slots hold KV; ``length`` slots are known (prompt, then generated). One block table serves every
     layer while all layers keep the same tokens; ``layer_tokens`` is what a ragged table would vary.
     """
 
@@ -94,6 +96,9 @@ class Sequence:
     ids: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     counts: TokenCounts | None = None
+    bias: TokenBias | None = None
+    matcher: Matcher | None = None
+    plain: bool = False
     reported: bool = False
     ended: bool = False
 
@@ -120,6 +125,7 @@ class Sequence:
             keys=block_keys(namespace, slots, block_tokens),
             spans=tuple(spans),
             generated=list(request.resume_token_ids),
+            plain=is_plain(request.sampling),
         )
 
     @property
