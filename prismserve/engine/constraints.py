@@ -7,6 +7,7 @@ hostile schema ends in an error for its own request; the time limit of the calle
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,7 +56,12 @@ class Matcher:
         return _one_line(self._inner.get_error()) if self._inner.is_error() else ""
 
     def accept(self, tokens: Sequence[int]) -> bool:
-        """Advance by generated tokens; False if they do not fit, after which the matcher is of no use."""
+        """Advance by generated tokens; False if they do not fit, after which the matcher is of no use.
+
+        Once ``done``, all that is taken in is the end token that a resumed request still has to give.
+        """
+        if self.done:
+            return True
         fits: bool = self._inner.consume_tokens(list(tokens))
         self.accepted += len(tokens) if fits else 0
         self.done = fits and self._inner.is_stopped()
@@ -207,7 +213,12 @@ def grammar_of(constraint: Constraint) -> str:
             return str(LLMatcher.grammar_from_json_schema(constraint.text, {"whitespace_pattern": _JSON_SPACE}))
         if constraint.kind is ConstraintKind.REGEX:
             return str(LLMatcher.grammar_from_regex(constraint.text))
-        return str(grammar_from("choice" if constraint.kind is ConstraintKind.CHOICE else "grammar", constraint.text))
+        if constraint.kind is ConstraintKind.CHOICE:
+            if not json.loads(constraint.text):
+                message = "there is nothing to choose from"
+                raise ValueError(message)
+            return str(grammar_from("choice", constraint.text))
+        return str(grammar_from("grammar", constraint.text))
     except (ValueError, TypeError, RecursionError) as error:
         message = f"the constraint cannot be read as {constraint.kind.value}: {_one_line(str(error))}"
         raise InvalidRequestError(message, field="constraint") from error

@@ -39,8 +39,9 @@ class TokenBytes:
 
     def of(self, token_id: int) -> bytes:
         """The bytes of a token; none for an id the tokenizer does not have."""
-        if token_id in self._added:
-            return self._added[token_id].encode()
+        added: str | None = self._added.get(token_id)
+        if added is not None:
+            return added.encode()
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(piece, str):
             return b""

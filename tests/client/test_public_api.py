@@ -65,6 +65,14 @@ OPTIONS = [
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "logit_bias",
+    "logprobs",
+    "n",
+    "json_schema",
+    "json_object",
+    "regex",
+    "grammar",
+    "choice",
 ]
 
 
