@@ -186,6 +186,6 @@ def _checked(field: str, kind: type[MessageT], **values: Any) -> MessageT:
     """Construct a protobuf message, translating its type and range errors."""
     try:
         return kind(**values)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:  # the last for a list in place of a map
         message = f"{field}: {error}"
         raise RequestError(message, field=field) from None

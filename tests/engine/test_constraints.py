@@ -82,7 +82,9 @@ def test_an_answer_to_which_nothing_can_be_added_is_done(workshop, compiler) -> 
 
 
 def test_masks_of_a_batch_are_those_of_each_alone(workshop, compiler) -> None:
-    matchers = [compiler.compile(item).result(WAIT_S) for item in (regex("[a-f]+"), choice("red"), schema(type="array"))]
+    matchers = [
+        compiler.compile(item).result(WAIT_S) for item in (regex("[a-f]+"), choice("red"), schema(type="array"))
+    ]
     vocabulary = workshop.processor.vocab_size
     together = allowed_tokens(matchers, vocabulary, CPU)
     assert together.shape == (3, vocabulary)
@@ -108,10 +110,15 @@ def test_white_space_in_json_ends(workshop, compiler) -> None:
 
 
 BOMBS = {
-    "a nesting of alternatives": schema(**{"$ref": "#/$defs/d0"}, **{"$defs": {
-        **{f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 8} for i in range(60)},
-        "d60": {"type": "integer", "multipleOf": 99_999_999, "minimum": 3, "maximum": 10**18},
-    }}),
+    "a nesting of alternatives": schema(
+        **{"$ref": "#/$defs/d0"},
+        **{
+            "$defs": {
+                **{f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 8} for i in range(60)},
+                "d60": {"type": "integer", "multipleOf": 99_999_999, "minimum": 3, "maximum": 10**18},
+            }
+        },
+    ),
     "a heavy number": schema(type="integer", multipleOf=99_999_999, minimum=3, maximum=10**18),
     "a reference to itself": schema(**{"$ref": "#"}),
     "a file": schema(**{"$ref": "file:///etc/passwd"}),

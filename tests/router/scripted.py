@@ -11,7 +11,15 @@ import grpc
 import numpy as np
 from PIL import Image
 
-from prismserve.core.types import FinishReason, KVLayout, PrefillReport, TokenLogprobs, TokenOutput, WorkerInfo, WorkerStats
+from prismserve.core.types import (
+    FinishReason,
+    KVLayout,
+    PrefillReport,
+    TokenLogprobs,
+    TokenOutput,
+    WorkerInfo,
+    WorkerStats,
+)
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol import worker_pb2_grpc as rpc
 from prismserve.protocol.convert import stats_to_proto, token_output_to_proto
