@@ -24,7 +24,7 @@ from prismserve.client.errors import (
     UnsupportedError,
 )
 from prismserve.client.requests import GenerateOptions
-from prismserve.client.responses import Answer, ClusterStatus, Delta, Model, Usage, WorkerStatus
+from prismserve.client.responses import Answer, Choice, ClusterStatus, Delta, Model, TokenLogprob, Usage, WorkerStatus
 from prismserve.client.retry import RetryPolicy
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "CancelledError",
+    "Choice",
     "Client",
     "ClientClosedError",
     "ClientError",
@@ -49,6 +50,7 @@ __all__ = [
     "RequestError",
     "RetryPolicy",
     "TimeoutExceededError",
+    "TokenLogprob",
     "UnavailableError",
     "UnsupportedError",
     "Usage",

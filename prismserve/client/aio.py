@@ -17,7 +17,7 @@ from prismserve.client.channel import (
     metadata_of,
 )
 from prismserve.client.errors import RpcFailure, from_rpc
-from prismserve.client.requests import build_request, checked_timeout, timeout_of
+from prismserve.client.requests import build_request, checked_timeout, choices_of, timeout_of
 from prismserve.client.responses import AnswerFold, models_of, status_of
 from prismserve.client.retry import Attempts, RetryPolicy
 from prismserve.protocol import prismserve_pb2 as pb
@@ -66,7 +66,7 @@ class AsyncClient:
 
     async def generate(self, messages: Conversation | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Ask and wait for the whole answer; see :meth:`prismserve.client.Client.generate`."""
-        fold = AnswerFold()
+        fold = AnswerFold(choices_of(options))
         async for _ in self._deltas(messages, options, fold):
             pass
         return fold.close()
@@ -75,7 +75,7 @@ class AsyncClient:
         self, messages: Conversation | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Delta, None]:
         """Ask and yield the answer as it arrives; closing the generator cancels the request."""
-        return self._deltas(messages, options, AnswerFold())
+        return self._deltas(messages, options, AnswerFold(choices_of(options)))
 
     async def models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
         """The models served."""

@@ -16,7 +16,7 @@ from prismserve.client.channel import (
     metadata_of,
 )
 from prismserve.client.errors import RpcFailure, from_rpc
-from prismserve.client.requests import build_request, checked_timeout, timeout_of
+from prismserve.client.requests import build_request, checked_timeout, choices_of, timeout_of
 from prismserve.client.responses import AnswerFold, models_of, status_of
 from prismserve.client.retry import Attempts, RetryPolicy
 from prismserve.protocol import prismserve_pb2 as pb
@@ -77,7 +77,7 @@ class Client:
         Raises:
             ClientError: see :mod:`prismserve.client.errors`.
         """
-        fold = AnswerFold()
+        fold = AnswerFold(choices_of(options))
         for _ in self._deltas(messages, options, fold):
             pass
         return fold.close()
@@ -89,7 +89,7 @@ class Client:
 
         Arguments and errors are those of :meth:`generate`; a malformed request raises here, not at the first delta.
         """
-        return self._deltas(messages, options, AnswerFold())
+        return self._deltas(messages, options, AnswerFold(choices_of(options)))
 
     def models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
         """The models served."""

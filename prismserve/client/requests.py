@@ -41,6 +41,14 @@ class GenerateOptions(TypedDict, total=False):
         stop: strings that end the answer and are not part of it.
         stop_token_ids: token ids that end the answer.
         ignore_eos: go on to ``max_tokens`` past the end token.
+        logit_bias: added to the logits of tokens, by token id, in [-100, 100].
+        logprobs: report the log-probability of every token, and of so many alternatives to each (0 to 20).
+        n: answers; see :attr:`Answer.choices`.
+        json_schema: the answer is JSON that fits this schema, given as a mapping or as JSON text.
+        json_object: the answer is a JSON object.
+        regex: the answer matches this regular expression as a whole.
+        grammar: the answer follows this grammar (Lark, GBNF or EBNF).
+        choice: the answer is one of these strings.
     """
 
     prompt: str
@@ -63,10 +71,19 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    logit_bias: Mapping[int, float]
+    logprobs: int
+    n: int
+    json_schema: str | Mapping[str, Any]
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
 
 
 SAMPLING_FIELDS: Final = frozenset(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
-_REPEATED: Final = frozenset({"stop", "stop_token_ids"})
+_REPEATED: Final = frozenset({"stop", "stop_token_ids", "choice"})
+_CONSTRAINTS: Final = ("json_schema", "json_object", "regex", "grammar", "choice")
 
 
 def build_request(conversation: Conversation | None, options: GenerateOptions) -> pb.GenerateRequest:
@@ -111,12 +128,18 @@ def sampling_of(options: GenerateOptions) -> pb.SamplingParams:
     """The sampling parameters among the options; RequestError names one the wire cannot hold."""
     sampling = pb.SamplingParams()
     given: Mapping[str, Any] = options
+    constraints = [name for name in _CONSTRAINTS if given.get(name)]
+    if len(constraints) > 1:
+        message = f"{constraints[1]}: an answer can have one constraint only, and {constraints[0]} gives one already"
+        raise RequestError(message, field=constraints[1])
     for name in sorted(SAMPLING_FIELDS & set(given)):
         value = given[name]
         if value is None:
             continue
         if name in _REPEATED:
             value = [value] if isinstance(value, str) else list(value)
+        elif name == "json_schema":
+            value = value if isinstance(value, str) else _json_text(name, value)
         sampling.MergeFrom(_checked(name, pb.SamplingParams, **{name: value}))
     return sampling
 
@@ -127,11 +150,20 @@ def compression_text(compression: str | Mapping[str, Any] | None) -> str:
         return ""
     if isinstance(compression, str):
         return compression
+    return _json_text("compression", compression, sort_keys=True)
+
+
+def _json_text(field: str, value: Any, *, sort_keys: bool = False) -> str:
     try:
-        return json.dumps(compression, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
-        message = f"compression: cannot be written as JSON: {error}"
-        raise RequestError(message, field="compression") from None
+        message = f"{field}: cannot be written as JSON: {error}"
+        raise RequestError(message, field=field) from None
+
+
+def choices_of(options: GenerateOptions) -> int:
+    """How many answers a call asks for."""
+    return options.get("n") or 1
 
 
 def timeout_of(options: GenerateOptions, default_s: float) -> float:
@@ -154,6 +186,6 @@ def _checked(field: str, kind: type[MessageT], **values: Any) -> MessageT:
     """Construct a protobuf message, translating its type and range errors."""
     try:
         return kind(**values)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:  # the last for a list in place of a map
         message = f"{field}: {error}"
         raise RequestError(message, field=field) from None

@@ -67,15 +67,34 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was to the model, before everything that steers sampling.
+
+    Attributes:
+        token_id: of the token.
+        token: its bytes; one character may be spread over several tokens.
+        logprob: natural logarithm of its probability.
+        top: the most likely tokens in its place, best first; empty for those themselves.
+    """
+
+    token_id: int
+    token: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What arrived in one message of a stream.
 
     Attributes:
         text: new text.
         token_ids: new token ids.
-        finish_reason: ``stop`` or ``length`` in the last message, None before it.
-        usage: in the last message, None before it.
+        finish_reason: ``stop`` or ``length`` in the last message of an answer, None before it.
+        usage: in the last message of the call, None before it.
         request_id: the server's name of the request.
+        index: which of the ``n`` answers this belongs to.
+        logprobs: of the new tokens, if they were asked for.
     """
 
     text: str
@@ -83,17 +102,36 @@ class Delta:
     finish_reason: str | None
     usage: Usage | None
     request_id: str
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the ``n`` answers to a call."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A complete answer; the fields are those of all its :class:`Delta` together."""
+    """A complete answer; the fields are those of all its :class:`Delta` together.
+
+    Attributes:
+        usage: of all choices together.
+        choices: all ``n`` answers; ``text`` and the like are those of the first.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     usage: Usage
     request_id: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +175,16 @@ class ClusterStatus:
 
 @dataclass(slots=True)
 class AnswerFold:
-    """Fold the messages of one answer."""
+    """Fold the messages of one call.
 
+    Args:
+        choices: answers that were asked for.
+    """
+
+    choices: int = 1
     request_id: str = ""
-    _text: list[str] = field(default_factory=list)
-    _token_ids: list[int] = field(default_factory=list)
-    _last: Delta | None = None
+    _deltas: dict[int, list[Delta]] = field(default_factory=dict)
+    _usage: Usage | None = None
 
     def add(self, response: pb.GenerateResponse) -> Delta:
         """Take one message in; what it brought."""
@@ -151,27 +193,43 @@ class AnswerFold:
             text=response.text,
             token_ids=tuple(response.token_ids),
             finish_reason=response.finish_reason or None,
-            usage=usage_of(response.usage) if response.HasField("usage") or response.finish_reason else None,
+            usage=usage_of(response.usage) if response.HasField("usage") else None,
             request_id=self.request_id,
+            index=response.index,
+            logprobs=tuple(_logprob_of(item) for item in response.logprobs),
         )
-        self._text.append(delta.text)
-        self._token_ids.extend(delta.token_ids)
-        if delta.finish_reason is not None:
-            self._last = delta
+        self._deltas.setdefault(delta.index, []).append(delta)
+        self._usage = delta.usage or self._usage
         return delta
 
     def close(self) -> Answer:
-        """The complete answer. IncompleteAnswerError when no message carried a finish reason."""
-        if self._last is None or self._last.finish_reason is None:
-            message = f"the answer ended after {len(self._token_ids)} tokens without a finish reason"
-            raise IncompleteAnswerError(message, request_id=self.request_id or None)
+        """The complete answer. IncompleteAnswerError when one of the choices got no finish reason."""
+        choices = tuple(self._choice(self._deltas.get(index, [])) for index in range(self.choices))
+        first = choices[0]
         return Answer(
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            finish_reason=self._last.finish_reason,
-            usage=self._last.usage or Usage(),
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason,
+            usage=self._usage or Usage(),
             request_id=self.request_id,
+            logprobs=first.logprobs,
+            choices=choices,
         )
+
+    def _choice(self, deltas: list[Delta]) -> Choice:
+        token_ids = tuple(token for delta in deltas for token in delta.token_ids)
+        reason = deltas[-1].finish_reason if deltas else None
+        if reason is None:
+            message = f"the answer ended after {len(token_ids)} tokens without a finish reason"
+            raise IncompleteAnswerError(message, request_id=self.request_id or None)
+        logprobs = tuple(item for delta in deltas for item in delta.logprobs)
+        return Choice("".join(delta.text for delta in deltas), token_ids, reason, logprobs)
+
+
+def _logprob_of(message: pb.TokenLogprobs) -> TokenLogprob:
+    chosen = message.chosen
+    top = tuple(TokenLogprob(item.token_id, item.token, item.logprob) for item in message.top)
+    return TokenLogprob(chosen.token_id, chosen.token, chosen.logprob, top)
 
 
 def usage_of(message: pb.Usage) -> Usage:

@@ -41,12 +41,37 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class ConstraintKind(enum.StrEnum):
+    """How a constraint on the answer is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the whole answer must be.
+
+    Attributes:
+        kind: how ``text`` is written.
+        text: a JSON schema as JSON, a regular expression, a JSON array of strings, or a grammar (Lark, GBNF, EBNF).
+    """
+
+    kind: ConstraintKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when generation ends.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``seed`` None draws one per request at the router, so that
     a migrated request goes on with the same random stream: token i is drawn from (seed, i).
+
+    ``logit_bias`` holds (token id, what is added to its logit), by token id. ``logprobs`` None is off; k asks for the
+    log-probability of every chosen token and of the k most likely ones. ``constraint`` None leaves the answer free.
     """
 
     max_tokens: int = 16
@@ -62,6 +87,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def greedy(self) -> bool:
@@ -353,6 +381,19 @@ class Payload:
     checksum: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely one generated token was to the model itself, before bias, penalties, constraint and temperature.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        top: (token id, logprob) of the most likely tokens, best first; as many as the request asked for.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 MANIFEST_VERSION = 1
 
 
@@ -365,6 +406,7 @@ class Manifest:
         layer_tokens: cache length per layer after this transfer (ragged after in-model pruning).
         next_position: position of the first generated token.
         first_token_ids: tokens sampled by the prefill side (usually one).
+        first_logprobs: of those tokens, if the request asked for them; else empty.
         raw_bytes: what the same KV would have taken without codec, for the usage report.
     """
 
@@ -381,6 +423,7 @@ class Manifest:
     payloads: tuple[Payload, ...]
     raw_bytes: int
     version: int = MANIFEST_VERSION
+    first_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +447,7 @@ class PrefillReport:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What one engine step produced for one request."""
+    """What one engine step produced for one request; ``logprobs`` has an entry per token if they were asked for."""
 
     request_id: str
     attempt: int
@@ -412,6 +455,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     error: str = ""
     report: PrefillReport | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

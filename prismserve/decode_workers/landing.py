@@ -27,6 +27,7 @@ from prismserve.worker_runtime.jobs import failure
 
 if TYPE_CHECKING:
     from prismserve.core.types import Manifest, PrefillReport, Request, Reservation
+    from prismserve.engine.constraints import Matcher
     from prismserve.engine.engine import ImportTicket
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.runtime import WorkerRuntime
@@ -112,8 +113,9 @@ class Landing:
     async def _admit(self, arrival: Arrival) -> None:
         """Allocate blocks, in order of arrival, as running requests free them."""
         try:
+            matcher = await self._runtime.matcher(arrival.request)
             async with self._admitting:
-                ticket = await self._allocate(arrival)
+                ticket = await self._allocate(arrival, matcher)
         except PrismServeError as error:
             self._forget(arrival)
             if not arrival.ticket.done():
@@ -131,12 +133,12 @@ class Landing:
             return
         arrival.ticket.set_result(ticket)
 
-    async def _allocate(self, arrival: Arrival) -> ImportTicket:
+    async def _allocate(self, arrival: Arrival, matcher: Matcher | None) -> ImportTicket:
         """Blocks for one arrival, as soon as there are enough; OverloadedError at its deadline."""
         request = arrival.request
         while True:
             try:
-                return await self._runtime.on_engine(lambda engine: engine.begin_import(request))
+                return await self._runtime.on_engine(lambda engine: engine.begin_import(request, matcher))
             except OverloadedError:
                 if self._arrivals.get(arrival.ref) is not arrival or time.monotonic() > arrival.deadline:
                     raise
@@ -273,7 +275,7 @@ class Landing:
         self._forget(arrival)
         await runtime.on_engine(
             lambda engine: engine.finish_import(
-                ticket, request, manifest.first_token_ids, manifest.next_position, report
+                ticket, request, manifest.first_token_ids, manifest.next_position, report, manifest.first_logprobs
             )
         )
 

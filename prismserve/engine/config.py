@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from prismserve.core.config import FrozenConfig, PositiveInt
+from prismserve.core.config import FrozenConfig, PositiveInt, PositiveSeconds
 
 _MIB = 1 << 20
 
@@ -36,6 +36,9 @@ class EngineConfig(FrozenConfig):
         prefix_caching: whether full blocks are kept for later requests.
         max_model_len: longest sequence in tokens; None takes the model's own limit.
         max_encode_images: images encoded in one step, so that a request with many does not stall decodes.
+        constraint_timeout_s: longest wait for a constraint on an answer (JSON schema, regex, grammar) to be compiled.
+        constraint_max_bytes: longest constraint.
+        constraint_cache_entries: compiled constraints that are remembered.
     """
 
     block_tokens: int = Field(default=16, ge=1, le=1024)
@@ -54,3 +57,6 @@ class EngineConfig(FrozenConfig):
     prefix_caching: bool = True
     max_model_len: PositiveInt | None = None
     max_encode_images: PositiveInt = 4
+    constraint_timeout_s: PositiveSeconds = 10.0
+    constraint_max_bytes: PositiveInt = 64 << 10
+    constraint_cache_entries: PositiveInt = 64

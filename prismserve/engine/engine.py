@@ -16,6 +16,7 @@ from prismserve.core.errors import (
 )
 from prismserve.core.types import KVLayout, WorkerStats
 from prismserve.engine.blocks import BlockManager
+from prismserve.engine.constraints import ConstraintCompiler, checked_matcher
 from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
 from prismserve.engine.image_cache import ImageCache
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Items
 
-    from prismserve.core.types import BlockKey, PrefillReport, Request, TokenOutput
+    from prismserve.core.types import BlockKey, PrefillReport, Request, TokenLogprobs, TokenOutput
     from prismserve.engine.config import EngineConfig
+    from prismserve.engine.constraints import Matcher
     from prismserve.engine.prefix_cache import CacheEvents
     from prismserve.engine.taps import Taps
     from prismserve.models.base import VisionLanguageModel
@@ -48,7 +50,7 @@ class Engine:
 
     Not thread-safe: one thread (see :class:`prismserve.engine.loop.EngineLoop`) makes all calls, except
     ``pool.read``, ``pool.write`` and writers from :meth:`import_writer` on blocks an export, pin or import holds,
-    and ``image_cache``.
+    ``image_cache`` and ``constraints``.
 
     A finished request's last output carries the reason, and its last token may be the one that stopped it.
 
@@ -57,6 +59,7 @@ class Engine:
         pool: the blocks.
         image_cache: embeddings of images.
         max_model_len: longest sequence, in positions.
+        constraints: compiles what :meth:`submit` and :meth:`begin_import` want beside a constrained request.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Engine:
             clock=clock,
         )
         self._imports = ImportDesk(self._blocks)
+        self.constraints = ConstraintCompiler(processor, model.vocab_size, model.eos_token_ids, config)
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._next_order = 0
 
@@ -113,6 +117,7 @@ class Engine:
         worker: Literal["local", "prefill"],
         sink_factory: Callable[[ExportView], LayerSink] | None = None,
         taps: Taps | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         """Queue a request.
 
@@ -122,6 +127,7 @@ class Engine:
                 blocks until :meth:`release_export`.
             sink_factory: called in the engine thread when the blocks are allocated, before the first layer runs.
             taps: query rows of the prompt to score, in which layers; to be read once the first token is out.
+            matcher: of the request's constraint, if it has one, from ``constraints.compile``; the engine's from now on.
 
         Raises:
             OverloadedError: ``max_waiting`` is reached.
@@ -131,7 +137,8 @@ class Engine:
             message = f"the waiting queue is full ({self.config.max_waiting} requests)"
             raise OverloadedError(message, request_id=request.request_id)
         work = Work(worker)
-        sequence = self._create(request, work, request.namespace if work is Work.PREFILL else request.wire_namespace)
+        namespace = request.namespace if work is Work.PREFILL else request.wire_namespace
+        sequence = self._create(request, work, namespace, matcher)
         self._check_new(sequence)
         if taps is not None and (max(taps.layers) >= self.layout.layers or max(taps.slots) >= sequence.length):
             message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
@@ -206,8 +213,10 @@ class Engine:
 
     # ---- KV from elsewhere -----------------------------------------------------------------------------------
 
-    def begin_import(self, request: Request) -> ImportTicket:
+    def begin_import(self, request: Request, matcher: Matcher | None = None) -> ImportTicket:
         """Allocate blocks for KV computed elsewhere, matching the prefix cache under ``request.wire_namespace``.
+
+        ``matcher`` is as for :meth:`submit`; the same one may be given again after an OverloadedError.
 
         Raises:
             OverloadedError: no slot or too few blocks now.
@@ -217,7 +226,7 @@ class Engine:
         if taken >= self.config.max_running:
             message = f"all {self.config.max_running} running slots are taken"
             raise OverloadedError(message, request_id=request.request_id)
-        sequence = self._create(request, Work.IMPORT, request.wire_namespace)
+        sequence = self._create(request, Work.IMPORT, request.wire_namespace, matcher)
         self._check_new(sequence)
         blocks = self.pool.blocks_for(sequence.length + 1)
         ticket = self._imports.begin(sequence, blocks, len(self._stepper.running))
@@ -238,6 +247,7 @@ class Engine:
         first_token_ids: tuple[int, ...],
         next_position: int,
         report: PrefillReport | None,
+        first_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """All KV of the ticket is written: publish it and join the running batch.
 
@@ -256,10 +266,13 @@ class Engine:
         if any(not 0 <= token < self._model.vocab_size for token in first_token_ids):
             message = f"a first token lies outside the vocabulary of {self._model.vocab_size}"
             raise EngineError(message, request_id=ticket.request_id)
+        if len(first_logprobs) != (0 if request.sampling.logprobs is None else len(first_token_ids)):
+            message = f"{len(first_token_ids)} first tokens come with {len(first_logprobs)} log-probabilities"
+            raise EngineError(message, request_id=ticket.request_id)
         self._imports.finish(ticket)
         self._stepper.counters.prefix_query_tokens += ticket.prompt_tokens
         self._stepper.counters.prefix_hit_tokens += ticket.cached_tokens
-        self._stepper.join(sequence, first_token_ids, report)
+        self._stepper.join(sequence, first_token_ids, report, first_logprobs)
         if sequence.ended:
             del self._sequences[sequence.identity]
 
@@ -278,7 +291,7 @@ class Engine:
             OverloadedError: too few blocks now.
         """
         namespace = request.namespace if worker == "prefill" else request.wire_namespace
-        sequence = self._create(request, Work.IMPORT, namespace)
+        sequence = self._lay_out(request, Work.IMPORT, namespace)
         return self._imports.begin_adoption(sequence, blocks, len(self._stepper.running))
 
     def adopt_prefix_finish(self, ticket: ImportTicket, request: Request) -> None:
@@ -371,7 +384,12 @@ class Engine:
                 message = f"request {identity[0]} has ended but is still listed"
                 raise EngineError(message, request_id=identity[0])
 
-    def _create(self, request: Request, work: Work, namespace: bytes) -> Sequence:
+    def _create(self, request: Request, work: Work, namespace: bytes, matcher: Matcher | None) -> Sequence:
+        sequence = self._lay_out(request, work, namespace)
+        sequence.matcher = checked_matcher(request.sampling.constraint, matcher, request.resume_token_ids)
+        return sequence
+
+    def _lay_out(self, request: Request, work: Work, namespace: bytes) -> Sequence:
         check_request(request, vocab_size=self._model.vocab_size, max_model_len=self.max_model_len)
         self._next_order += 1
         return Sequence.create(self._next_order, request, work, namespace, self.config.block_tokens, self._clock())

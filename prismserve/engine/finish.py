@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prismserve.core.errors import ContextLengthError, InvalidRequestError
+from prismserve.core.errors import ContextLengthError, EngineError, InvalidRequestError, PrismServeError
 from prismserve.core.types import FinishReason, MediaSegment, TextSegment
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ def finish_reason(sequence: Sequence, eos_token_ids: frozenset[int], max_model_l
     """Why generation ends after the sequence's last generated token, or None if it goes on."""
     params = sequence.request.sampling
     token = sequence.generated[-1]
+    if sequence.matcher is not None and sequence.matcher.done:
+        return FinishReason.STOP
     if len(sequence.generated) > params.min_tokens and (
         token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
     ):
@@ -26,11 +28,22 @@ def finish_reason(sequence: Sequence, eos_token_ids: frozenset[int], max_model_l
 
 
 def blocked_tokens(params: SamplingParams, generated: int, eos_token_ids: frozenset[int]) -> tuple[int, ...]:
-    """Tokens that must not be chosen because ``min_tokens`` is not reached."""
-    if generated >= params.min_tokens:
+    """Tokens that must not be chosen: ends before ``min_tokens``, and the end of a constraint that ``ignore_eos``."""
+    early = generated < params.min_tokens
+    if not early and not (params.ignore_eos and params.constraint is not None):
         return ()
-    ends = () if params.ignore_eos else eos_token_ids
-    return tuple(sorted({*ends, *params.stop_token_ids}))
+    ends = eos_token_ids if params.constraint is not None or not params.ignore_eos else ()
+    return tuple(sorted({*ends, *(params.stop_token_ids if early else ())}))
+
+
+def no_token_error(sequence: Sequence) -> PrismServeError:
+    """Why the sampler found no token for a sequence."""
+    request_id = sequence.request.request_id
+    if sequence.matcher is not None and sequence.matcher.error:
+        message = f"the constraint lets no token follow: {sequence.matcher.error}"
+        return InvalidRequestError(message, field="constraint", request_id=request_id)
+    message = "no token could be chosen: the model's logits are not finite, or none is allowed"
+    return EngineError(message, request_id=request_id)
 
 
 def check_request(request: Request, *, vocab_size: int, max_model_len: int) -> None:
@@ -45,7 +58,8 @@ def check_request(request: Request, *, vocab_size: int, max_model_len: int) -> N
         message = "the prompt is empty"
         raise InvalidRequestError(message, field="prompt", request_id=request.request_id)
     ids = [s.token_ids for s in prompt.segments if isinstance(s, TextSegment)]
-    lists = [*ids, request.resume_token_ids, request.sampling.stop_token_ids]
+    biased = [token for token, _ in request.sampling.logit_bias]
+    lists = [*ids, request.resume_token_ids, request.sampling.stop_token_ids, biased]
     if any(run and (min(run) < 0 or max(run) >= vocab_size) for run in lists):
         message = f"a token id lies outside the vocabulary of {vocab_size}"
         raise InvalidRequestError(message, field="token_ids", request_id=request.request_id)

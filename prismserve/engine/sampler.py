@@ -1,7 +1,7 @@
 """Choosing tokens from logits: vectorised over the batch, and independent of what else is in the batch.
 
-Order of operations: blocked tokens, repetition penalty, presence and frequency penalties, temperature, top_k, top_p
-(over what top_k left, renormalised), min_p (relative to the most likely token). Token i of a request is drawn by
+Order of operations: constraint and blocked tokens, bias, repetition penalty, presence and frequency penalties,
+temperature, top_k, top_p (over what top_k left, renormalised), min_p (relative to the most likely token). Token i of a request is drawn by
 inverting the cumulative distribution at a number hashed from (seed, i), so a migrated request goes on with the same
 stream. Rows with top_k or top_p are inverted in order of probability, others in order of token id; which of the two
 depends on the row alone.
@@ -14,13 +14,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from prismserve.core.types import SamplingParams
+from prismserve.engine.constraints import allowed_tokens
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from prismserve.core.types import SamplingParams
+    from prismserve.engine.constraints import Matcher
 
 _MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 48
+
+NO_TOKEN = -1
+"""In place of a token: the row's logits are no finite numbers, or nothing was left to choose from."""
 
 
 def _signed(value: int) -> int:
@@ -72,6 +78,15 @@ class TokenCounts:
         self.output[token] += 1
 
 
+class TokenBias:
+    """What one request adds to the logits of some tokens."""
+
+    def __init__(self, bias: Sequence[tuple[int, float]], device: torch.device | str = "cpu") -> None:
+        """Keep (token id, bias) pairs of different tokens on ``device``."""
+        self.ids = torch.tensor([token for token, _ in bias], dtype=torch.int64, device=device)
+        self.values = torch.tensor([value for _, value in bias], dtype=torch.float32, device=device)
+
+
 def has_penalty(params: SamplingParams) -> bool:
     """Whether the request needs :class:`TokenCounts`."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
@@ -85,13 +100,33 @@ class SampleRow:
         params: the request's.
         index: number of tokens generated before this one, over all attempts.
         counts: needed if the request has a penalty.
-        blocked: token ids that must not be chosen now (end of sequence before ``min_tokens``).
+        blocked: token ids that must not be chosen now (end of sequence before ``min_tokens``), unless a constraint
+            leaves no other.
+        bias: of the request, if it has one.
+        matcher: of the request's constraint, if it has one.
     """
 
     params: SamplingParams
     index: int
     counts: TokenCounts | None = None
     blocked: tuple[int, ...] = ()
+    bias: TokenBias | None = None
+    matcher: Matcher | None = None
+
+    @property
+    def edits(self) -> bool:
+        """Whether the row's logits are changed before a token is chosen."""
+        return bool(self.blocked) or any(part is not None for part in (self.counts, self.bias, self.matcher))
+
+
+GREEDY = SampleRow(SamplingParams(), 0)
+"""The row of every greedy request without further options; a batch of nothing else costs one argmax."""
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether the request is served by :data:`GREEDY` once it has its ``min_tokens``."""
+    extras = params.logit_bias or params.logprobs is not None or params.constraint is not None
+    return params.greedy and not extras and not has_penalty(params)
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -102,31 +137,74 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         rows: B rows.
 
     Returns:
-        B token ids.
+        B token ids, or :data:`NO_TOKEN`.
     """
-    if any(row.blocked for row in rows):
-        _block(logits, rows)
-    if any(row.counts is not None for row in rows):
-        _penalise(logits, rows)
     chosen = logits.argmax(dim=-1)
-    ordered = [i for i, row in enumerate(rows) if not row.params.greedy and _restricted(row.params)]
-    unordered = [i for i, row in enumerate(rows) if not row.params.greedy and not _restricted(row.params)]
+    sound = _finite(logits, chosen)  # argmax finds a NaN first
+    special = [i for i, row in enumerate(rows) if row is not GREEDY]
+    edited = [i for i in special if rows[i].edits]
+    if edited:
+        index = torch.tensor(edited, device=logits.device)
+        part = _edit(logits[index], [rows[i] for i in edited])
+        best = part.argmax(dim=-1)
+        sound[index] &= _finite(part, best)
+        chosen[index], logits[index] = best, part
+    ordered = [i for i in special if not rows[i].params.greedy and _restricted(rows[i].params)]
+    unordered = [i for i in special if not rows[i].params.greedy and not _restricted(rows[i].params)]
     for members, draw in ((ordered, _draw_ordered), (unordered, _draw_unordered)):
         if members:
             index = torch.tensor(members, device=logits.device)
             chosen[index] = draw(logits[index], [rows[i] for i in members])
-    tokens: list[int] = chosen.tolist()
+    tokens: list[int] = torch.where(sound, chosen, NO_TOKEN).tolist()
     return tokens
+
+
+def _finite(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, chosen[:, None])[:, 0].isfinite()
 
 
 def _restricted(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0
 
 
+def _edit(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+    """Apply what the rows add to or take from their logits; may change them in place."""
+    if any(row.matcher is not None for row in rows):
+        _constrain(logits, rows)
+    if any(row.blocked for row in rows):
+        _block(logits, rows)
+    if any(row.bias is not None for row in rows):
+        _bias(logits, rows)
+    if any(row.counts is not None for row in rows):
+        _penalise(logits, rows)
+    return logits
+
+
+def _constrain(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    """Leave the tokens the constraints allow; an answer that can only end may end early."""
+    members = [(i, row.matcher, row.blocked) for i, row in enumerate(rows) if row.matcher is not None]
+    allowed = allowed_tokens([matcher for _, matcher, _ in members], logits.shape[-1], logits.device)
+    going_on = allowed.clone()
+    for at, (_, _, blocked) in enumerate(members):
+        if blocked:
+            going_on[at, list(blocked)] = False
+    allowed = torch.where(going_on.any(dim=-1, keepdim=True), going_on, allowed)
+    index = torch.tensor([i for i, _, _ in members], device=logits.device)
+    logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
+
+
 def _block(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    row_ids = [i for i, row in enumerate(rows) for _ in row.blocked]
-    token_ids = [token for row in rows for token in row.blocked]
+    free = [(i, row.blocked) for i, row in enumerate(rows) if row.matcher is None]
+    row_ids = [i for i, blocked in free for _ in blocked]
+    token_ids = [token for _, blocked in free for token in blocked]
     logits[row_ids, token_ids] = -torch.inf
+
+
+def _bias(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    members = [(i, row.bias) for i, row in enumerate(rows) if row.bias is not None]
+    row_ids = torch.cat([torch.full_like(bias.ids, i) for i, bias in members])
+    token_ids = torch.cat([bias.ids for _, bias in members])
+    logits[row_ids, token_ids] += torch.cat([bias.values for _, bias in members])
 
 
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
@@ -158,7 +236,9 @@ def _invert(weights: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """[B] position at which the cumulative weights pass each row's random number."""
     cumulative = weights.double().cumsum(dim=-1)
     draws = uniform([row.params.seed for row in rows], [row.index for row in rows]).to(weights.device)
-    targets = draws[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:]
+    # Rounding up to the total would pass the last token that has any weight.
+    targets = torch.minimum(draws[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)
 
 

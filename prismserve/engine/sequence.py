@@ -11,12 +11,14 @@ import torch
 from prismserve.core.errors import EngineError
 from prismserve.core.prompt import Element, block_key, block_keys, elements
 from prismserve.core.types import MediaSegment, TextSegment
+from prismserve.engine.sampler import is_plain
 
 if TYPE_CHECKING:
     from prismserve.core.types import Request
+    from prismserve.engine.constraints import Matcher
     from prismserve.engine.image_cache import VisualTokens
     from prismserve.engine.ragged import Compaction, LayerTable
-    from prismserve.engine.sampler import TokenCounts
+    from prismserve.engine.sampler import TokenBias, TokenCounts
     from prismserve.engine.swap import SwappedKV
     from prismserve.engine.taps import Taps
 
@@ -77,6 +79,7 @@ class Sequence:
     layer, and ``table`` only the whole groups that some layer still shares. ``compactions`` were done to the KV held,
     ``replay`` are still to be done to it because it is being computed again. ``swapped`` is the KV of a preempted
     sequence in host memory. What is ``streamed`` is read by an export layer by layer and must not be compacted.
+    ``plain`` requests choose greedily without further options.
     """
 
     order: int
@@ -104,6 +107,9 @@ class Sequence:
     positions: torch.Tensor | None = None
     counts: TokenCounts | None = None
     streamed: bool = False
+    bias: TokenBias | None = None
+    matcher: Matcher | None = None
+    plain: bool = False
     reported: bool = False
     ended: bool = False
 
@@ -130,6 +136,7 @@ class Sequence:
             keys=block_keys(namespace, slots, block_tokens),
             spans=tuple(spans),
             generated=list(request.resume_token_ids),
+            plain=is_plain(request.sampling),
         )
 
     @property

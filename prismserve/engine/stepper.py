@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING
 
 from prismserve.core.errors import OutOfBlocksError, PrismServeError, outcome_text
 from prismserve.core.types import FinishReason, PrefillReport, TextSegment, TokenOutput
-from prismserve.engine.finish import blocked_tokens, finish_reason
+from prismserve.engine.finish import blocked_tokens, finish_reason, no_token_error
 from prismserve.engine.imports import ExportView
+from prismserve.engine.logprobs import RawScores
 from prismserve.engine.metrics import Counters, MovingAverage
 from prismserve.engine.planning import LOOKAHEAD, StepPlanner
 from prismserve.engine.runner import RunItem
-from prismserve.engine.sampler import SampleRow, TokenCounts, has_penalty, sample
+from prismserve.engine.sampler import GREEDY, NO_TOKEN, SampleRow, TokenBias, TokenCounts, has_penalty, sample
 from prismserve.engine.sequence import Sequence, State, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from collections.abc import Sequence as Items
 
+    import torch
+
+    from prismserve.core.types import TokenLogprobs
     from prismserve.engine.blocks import BlockManager
     from prismserve.engine.config import EngineConfig
     from prismserve.engine.encoding import ImageStage
@@ -84,11 +88,18 @@ class Stepper:
             self._factories[sequence.order] = sink_factory
         insort(self.waiting, sequence, key=self._planner.rank)
 
-    def join(self, sequence: Sequence, tokens: Items[int], report: PrefillReport | None) -> None:
+    def join(
+        self,
+        sequence: Sequence,
+        tokens: Items[int],
+        report: PrefillReport | None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         """Take in an imported sequence whose prompt is computed, with its first tokens; they come out next step."""
         sequence.state = State.RUNNING
         self.running[sequence.order] = sequence
-        self._accept(sequence, tokens, report, self._outbox)
+        self._prepare_sampling(sequence)
+        self._accept(sequence, tokens, logprobs, report, self._outbox)
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence and let go of its blocks."""
@@ -196,7 +207,7 @@ class Stepper:
         except PrismServeError as error:
             self._fail(sequence, outcome_text(error), outputs)
             return
-        self._prepare_counts(sequence)
+        self._prepare_sampling(sequence)
         if sequence.timings.started is None:
             sequence.timings.started = self._clock()
             self.counters.prefix_query_tokens += sequence.length
@@ -210,8 +221,11 @@ class Stepper:
         sequence.streamed = True
         self._sinks[sequence.order] = factory(view)
 
-    def _prepare_counts(self, sequence: Sequence) -> None:
-        if sequence.counts is None and has_penalty(sequence.request.sampling):
+    def _prepare_sampling(self, sequence: Sequence) -> None:
+        params = sequence.request.sampling
+        if sequence.bias is None and params.logit_bias:
+            sequence.bias = TokenBias(params.logit_bias, self._model.device)
+        if sequence.counts is None and has_penalty(params):
             segments = sequence.request.prompt.segments
             prompt = (token for s in segments if isinstance(s, TextSegment) for token in s.token_ids)
             sequence.counts = TokenCounts(self._model.vocab_size, prompt, sequence.generated, self._model.device)
@@ -234,7 +248,7 @@ class Stepper:
         broken: dict[int, str] = {}
         logits = self._runner.run(items, self._exporter(items, broken))
         sampling = [item.sequence for item in items if item.samples]
-        tokens = sample(logits, [self._sample_row(sequence) for sequence in sampling]) if sampling else []
+        tokens, logprobs = self._sample(logits, sampling) if sampling else ([], {})
         for item in items:
             sequence = item.sequence
             sequence.advance(item.tokens)
@@ -242,10 +256,16 @@ class Stepper:
         self._repeat_compactions(item.sequence for item in items)
         for order, message in broken.items():
             self._fail(self.running[order], message, outputs)
-        for sequence, token in zip(sampling, tokens, strict=True):
+        for row, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
             if not sequence.ended:
-                self._sampled(sequence, token, outputs)
+                self._sampled(sequence, token, (logprobs[row],) if row in logprobs else (), outputs)
         self._computing = []
+
+    def _sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        rows = [self._sample_row(sequence) for sequence in sequences]
+        raw = RawScores(logits, rows)
+        tokens = sample(logits, rows)
+        return tokens, raw.of(tokens)
 
     def _exporter(self, items: list[RunItem], broken: dict[int, str]) -> Callable[[int], None] | None:
         exports = [item for item in items if item.sequence.order in self._sinks]
@@ -267,10 +287,17 @@ class Stepper:
     def _sample_row(self, sequence: Sequence) -> SampleRow:
         params = sequence.request.sampling
         index = len(sequence.generated)
-        blocked = blocked_tokens(params, index, self._model.eos_token_ids) if index < params.min_tokens else ()
-        return SampleRow(params, index, sequence.counts, blocked)
+        if sequence.plain and index >= params.min_tokens:
+            return GREEDY
+        blocked = blocked_tokens(params, index, self._model.eos_token_ids)
+        return SampleRow(params, index, sequence.counts, blocked, sequence.bias, sequence.matcher)
 
-    def _sampled(self, sequence: Sequence, token: int, outputs: list[TokenOutput]) -> None:
+    def _sampled(
+        self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprobs, ...], outputs: list[TokenOutput]
+    ) -> None:
+        if token == NO_TOKEN:
+            self._fail(sequence, outcome_text(no_token_error(sequence)), outputs)
+            return
         first = sequence.work is not Work.IMPORT and not sequence.reported
         report = self._report(sequence) if first else None
         if sequence.work is Work.PREFILL:
@@ -280,15 +307,19 @@ class Stepper:
             sequence.images = {}
             sequence.state = State.EXPORTING
             self.exporting[sequence.order] = sequence
-            outputs.append(TokenOutput(*sequence.identity, (token,), report=report))
+            outputs.append(TokenOutput(*sequence.identity, (token,), report=report, logprobs=logprobs))
             return
-        self._accept(sequence, (token,), report, outputs)
+        self._accept(sequence, (token,), logprobs, report, outputs)
 
     def _accept(
-        self, sequence: Sequence, tokens: Iterable[int], report: PrefillReport | None, outputs: list[TokenOutput]
+        self,
+        sequence: Sequence,
+        tokens: Iterable[int],
+        logprobs: tuple[TokenLogprobs, ...],
+        report: PrefillReport | None,
+        outputs: list[TokenOutput],
     ) -> None:
         """Append generated tokens, up to the one that ends the request."""
-        self._prepare_counts(sequence)
         taken: list[int] = []
         reason: FinishReason | None = None
         for token in tokens:
@@ -296,13 +327,17 @@ class Stepper:
             taken.append(token)
             if sequence.counts is not None:
                 sequence.counts.add(token)
+            if sequence.matcher is not None and not sequence.matcher.accept((token,)):
+                self._fail(sequence, outcome_text(no_token_error(sequence)), outputs)
+                return
             reason = finish_reason(sequence, self._model.eos_token_ids, self._max_model_len)
             if reason is not None:
                 break
         if not sequence.reported:
             sequence.reported = True
             sequence.images = {}
-        outputs.append(TokenOutput(*sequence.identity, tuple(taken), reason, report=report))
+        logprobs = logprobs[: len(taken)]
+        outputs.append(TokenOutput(*sequence.identity, tuple(taken), reason, report=report, logprobs=logprobs))
         if reason is not None:
             self.drop(sequence)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prismserve.core.errors import IncompatibleLayoutError, LeaseExpiredError, TransferError
-from prismserve.core.types import MANIFEST_VERSION, KVLayout, Manifest, MethodSpec, Payload
+from prismserve.core.types import MANIFEST_VERSION, KVLayout, Manifest, MethodSpec, Payload, TokenLogprobs
 from prismserve.kv_transfer.plan import RAW_LAYER, encoded_bytes
 from prismserve.kv_transfer.wire import CHECKSUM_BYTES
 
@@ -44,6 +44,7 @@ def build(
     layer_tokens: Sequence[int],
     next_position: int,
     first_token_ids: Sequence[int] = (),
+    first_logprobs: Sequence[TokenLogprobs] = (),
 ) -> Manifest:
     """State what was written.
 
@@ -54,6 +55,7 @@ def build(
         layer_tokens: cache length per layer after the transfer; empty for an embedding.
         next_position: position of the first generated token.
         first_token_ids: tokens the prefill side sampled.
+        first_logprobs: of those tokens, if the request asked for them.
     """
     kv_tokens = sum(payload.tokens for payload in payloads if payload.layer != RAW_LAYER)
     raw_bytes = sum(payload.encoded_bytes for payload in payloads if payload.layer == RAW_LAYER)
@@ -70,6 +72,7 @@ def build(
         first_token_ids=tuple(first_token_ids),
         payloads=tuple(payloads),
         raw_bytes=raw_bytes + kv_tokens * layout.token_layer_bytes,
+        first_logprobs=tuple(first_logprobs),
     )
 
 

@@ -104,8 +104,9 @@ class PushJob:
         try:
             await runtime.exchange.fetch(self._submission, "prefill")
             grant = asyncio.create_task(self._reserve())
+            matcher = await runtime.matcher(request)
             await runtime.on_engine(
-                lambda engine: engine.submit(request, worker="prefill", sink_factory=self._export.open)
+                lambda engine: engine.submit(request, worker="prefill", sink_factory=self._export.open, matcher=matcher)
             )
             peer, reservation = await self._within(grant, "the decode worker's reservation")
             output = await self._within(self._first, "prefill")
@@ -192,6 +193,7 @@ class PushJob:
             layer_tokens=view.layer_tokens,
             next_position=view.next_position,
             first_token_ids=output.token_ids,
+            first_logprobs=output.logprobs,
         )
         report = dataclasses.replace(
             output.report or PrefillReport(),

@@ -9,6 +9,8 @@ from prismserve.core.errors import TransferError
 from prismserve.core.hashing import DIGEST_BYTES
 from prismserve.core.types import (
     CompressionPlan,
+    Constraint,
+    ConstraintKind,
     Extent,
     FinishReason,
     Manifest,
@@ -23,6 +25,7 @@ from prismserve.core.types import (
     SamplingParams,
     Segment,
     TextSegment,
+    TokenLogprobs,
     TokenOutput,
     WorkerStats,
 )
@@ -122,15 +125,28 @@ def _segment_from_proto(message: pb.Segment) -> Segment:
 
 def sampling_to_proto(sampling: SamplingParams) -> pb.SamplingParams:
     """Field by field; names are the same."""
-    return pb.SamplingParams(**dataclasses.asdict(sampling))
+    values = dataclasses.asdict(sampling)
+    values["logit_bias"] = dict(sampling.logit_bias)
+    return pb.SamplingParams(**values)
 
 
 def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
-    """Field by field; names are the same."""
+    """Field by field; names are the same. An unknown kind of constraint is a TransferError."""
     values = {f.name: getattr(message, f.name) for f in dataclasses.fields(SamplingParams)}
     values["stop"] = tuple(message.stop)
     values["stop_token_ids"] = tuple(message.stop_token_ids)
+    values["logit_bias"] = tuple(sorted(message.logit_bias.items()))
+    values["logprobs"] = message.logprobs if message.HasField("logprobs") else None
+    values["constraint"] = _constraint_from_proto(message.constraint) if message.HasField("constraint") else None
     return SamplingParams(**values)
+
+
+def _constraint_from_proto(message: pb.Constraint) -> Constraint:
+    try:
+        return Constraint(ConstraintKind(message.kind), message.text)
+    except ValueError:
+        text = f"unknown kind of constraint {message.kind!r}; upgrade the worker"
+        raise TransferError(text, field="constraint.kind") from None
 
 
 def request_to_proto(request: Request) -> pb.Request:
@@ -199,6 +215,29 @@ def report_from_proto(message: pb.PrefillReport) -> PrefillReport:
     return PrefillReport(**{f.name: getattr(message, f.name) for f in dataclasses.fields(PrefillReport)})
 
 
+def logprobs_to_proto(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+    """Log-probabilities of tokens, as 32-bit floats."""
+    return [
+        pb.TokenLogprobs(
+            logprob=item.logprob,
+            top_token_ids=[token for token, _ in item.top],
+            top_logprobs=[value for _, value in item.top],
+        )
+        for item in logprobs
+    ]
+
+
+def logprobs_from_proto(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    """Log-probabilities of tokens; unequal lengths are a TransferError."""
+    out = []
+    for m in messages:
+        if len(m.top_token_ids) != len(m.top_logprobs):
+            text = f"{len(m.top_token_ids)} tokens come with {len(m.top_logprobs)} log-probabilities"
+            raise TransferError(text, field="logprobs")
+        out.append(TokenLogprobs(m.logprob, tuple(zip(m.top_token_ids, m.top_logprobs, strict=True))))
+    return tuple(out)
+
+
 def token_output_to_proto(output: TokenOutput) -> pb.TokenOutput:
     """One request's part of a step."""
     return pb.TokenOutput(
@@ -208,6 +247,7 @@ def token_output_to_proto(output: TokenOutput) -> pb.TokenOutput:
         finish_reason=output.finish_reason.value if output.finish_reason else "",
         error=output.error,
         report=report_to_proto(output.report) if output.report else None,
+        logprobs=logprobs_to_proto(output.logprobs),
     )
 
 
@@ -227,6 +267,7 @@ def token_output_from_proto(message: pb.TokenOutput) -> TokenOutput:
         reason,
         message.error,
         report_from_proto(message.report) if message.HasField("report") else None,
+        logprobs_from_proto(message.logprobs),
     )
 
 
@@ -325,6 +366,7 @@ def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
         first_token_ids=manifest.first_token_ids,
         payloads=payloads_to_proto(manifest.payloads),
         raw_bytes=manifest.raw_bytes,
+        first_logprobs=logprobs_to_proto(manifest.first_logprobs),
     )
 
 
@@ -344,4 +386,5 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         payloads=payloads_from_proto(message.payloads),
         raw_bytes=message.raw_bytes,
         version=message.version,
+        first_logprobs=logprobs_from_proto(message.first_logprobs),
     )

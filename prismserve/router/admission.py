@@ -29,14 +29,20 @@ class Admission:
             raise OverloadedError(message, retry_after_s=self._config.retry_after_s)
 
     @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """Hold one request's place; OverloadedError when all are taken."""
+    def slot(self, places: int = 1) -> Iterator[None]:
+        """Hold a place for every answer of a request; OverloadedError when there are not enough.
+
+        A request for more answers than the limit itself is let in alone.
+        """
         self.check()
-        self.running += 1
+        if self.running and self.running + places > self._config.max_concurrent_requests:
+            message = f"{self.running} requests are in progress and {places} places are needed; try again shortly"
+            raise OverloadedError(message, retry_after_s=self._config.retry_after_s)
+        self.running += places
         try:
             yield
         finally:
-            self.running -= 1
+            self.running -= places
 
 
 class BodyBudget:

@@ -23,6 +23,10 @@ class RouterConfig(FrozenConfig):
     max_prompt_chars: PositiveInt = Field(default=2_000_000, description="Text of one request (characters).")
     max_stop_strings: PositiveInt = Field(default=16, description="Stop strings per request (count).")
     max_stop_chars: PositiveInt = Field(default=256, description="Length of one stop string (characters).")
+    max_constraint_chars: PositiveInt = Field(
+        default=1 << 16, description="A JSON schema, regular expression, list of choices or grammar (characters)."
+    )
+    max_choices: PositiveInt = Field(default=16, description="Answers per request, `n` (count).")
     max_cache_salt_chars: PositiveInt = Field(default=256, description="Length of `cache_salt` (characters).")
     max_concurrent_requests: PositiveInt = Field(
         default=256, description="Requests in progress in this router; more are answered 429 (count)."

@@ -34,7 +34,7 @@ from prismserve.router.usage import Served, Usage, make_usage
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
-    from prismserve.core.types import PrefillReport, RouteDecision, TokenOutput
+    from prismserve.core.types import PrefillReport, RouteDecision, TokenLogprobs, TokenOutput
     from prismserve.models.processing import Processor
     from prismserve.router.config import RouterConfig
     from prismserve.router.metrics import RouterMetrics
@@ -50,18 +50,28 @@ _PLACE_POLL_S: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text and the tokens behind it; text may lag behind tokens, so either may be empty."""
+    """New text and the tokens behind it; text may lag behind tokens, so either may be empty.
+
+    Attributes:
+        logprobs: of the tokens, one each, if they were asked for.
+        decode_worker: who generated them.
+        index: which of the request's answers this is.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    decode_worker: str = ""
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request that ended well."""
+    """The last event of an answer that ended well; of several answers to one request, the last one has the usage."""
 
     reason: FinishReason
-    usage: Usage
+    usage: Usage | None
+    index: int = 0
 
 
 GenerationEvent: TypeAlias = TextDelta | Finished
@@ -98,6 +108,7 @@ class _Progress:
     token_at: float = 0.0
     attempts: int = 0
     avoid: frozenset[str] = frozenset()
+    near: str | None = None
     worker_done: bool = False
 
     @property
@@ -147,7 +158,7 @@ class Generator:
         self._token_bytes = token_bytes
 
     async def run(
-        self, prepared: Prepared, *, arrived_at: float, timeout_s: float | None = None
+        self, prepared: Prepared, *, arrived_at: float, timeout_s: float | None = None, near: str | None = None
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the answer; the last event is ``Finished``. Closing the iterator cancels the request everywhere.
 
@@ -155,6 +166,7 @@ class Generator:
             prepared: the request.
             arrived_at: ``time.monotonic()`` when it reached the router; TTFT counts from here.
             timeout_s: the caller's limit, if less than the server's.
+            near: the decode worker to be preferred, because it holds the prompt's KV.
 
         Raises:
             WorkerUnavailableError: no worker can serve it, also after waiting and trying again.
@@ -172,6 +184,7 @@ class Generator:
             StopMatcher(prepared.request.sampling.stop),
             arrived_at,
             arrived_at + limit_s,
+            near=near,
         )
         while True:
             attempt = await self._place(progress)
@@ -208,7 +221,7 @@ class Generator:
                 timeout_s=progress.remaining_s(),
             )
             try:
-                attempt = self._placer.submit(progress.prepared, request, progress.avoid)
+                attempt = self._placer.submit(progress.prepared, request, progress.avoid, progress.near)
             except (WorkerUnavailableError, OverloadedError):
                 left_s = min(wait_until - time.monotonic(), progress.remaining_s())
                 if left_s <= 0:
@@ -240,7 +253,7 @@ class Generator:
                 self._placer.release(attempt, prefill)
             shown = self._take(progress, output)
             if shown or output.token_ids:
-                yield TextDelta(shown, output.token_ids)
+                yield TextDelta(shown, output.token_ids, output.logprobs, decode)
             if progress.matcher.hit or output.finish_reason is not None:
                 progress.worker_done = output.finish_reason is not None
                 reason = FinishReason.STOP if progress.matcher.hit else output.finish_reason

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from prismserve.router.config import RouterConfig
+    from prismserve.router.generation import GenerationEvent
     from prismserve.router.service import RouterService
     from prismserve.router.usage import Usage
 
@@ -35,26 +36,41 @@ logger = logging.getLogger(__name__)
 
 _ROLES = frozenset({"system", "user", "assistant"})
 _FLOATS = frozenset({"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"})
+# Fields of the schema to those of ``structured_outputs``.
+_CONSTRAINTS = {
+    "json_schema": "json",
+    "json_object": "json_object",
+    "regex": "regex",
+    "grammar": "grammar",
+    "choice": "choice",
+}
 _SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_INTERVAL_S = 0.5
 
 
-def _options(message: pb.SamplingParams) -> dict[str, Any]:
-    """The fields that were set, as the JSON API would hold them.
+def _options(message: pb.SamplingParams, *, chat: bool) -> dict[str, Any]:
+    """The fields that were set, as the JSON API would hold them, for a chat or a raw completion.
 
     Floats are 32 bits wide on this wire: seven digits give back the number that was meant, so that 0.7 here and in
     JSON sample alike.
     """
     values: dict[str, Any] = {}
+    constraint: dict[str, Any] = {}
     for descriptor, value in message.ListFields():
         name = descriptor.name
         if name in _FLOATS:
             values[name] = float(f"{value:.7g}")
         elif name in ("stop", "stop_token_ids"):
             values[name] = list(value)
+        elif name == "logit_bias":
+            values[name] = {str(token): float(f"{bias:.7g}") for token, bias in value.items()}
+        elif name == "logprobs" and chat:
+            values |= {"logprobs": True, "top_logprobs": value}
+        elif name in _CONSTRAINTS:
+            constraint[_CONSTRAINTS[name]] = list(value) if name == "choice" else value
         else:
             values[name] = value
-    return values
+    return {**values, "structured_outputs": constraint} if constraint else values
 
 
 def _compression(text: str) -> Any:
@@ -95,7 +111,7 @@ def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float 
                     refuse(where, "must hold text or an image")
         messages.append(ChatMessage(message.role, tuple(parts)))
     return Call(
-        options=_options(request.sampling),
+        options=_options(request.sampling, chat=bool(request.messages)),
         messages=tuple(messages) or None,
         prompt=request.prompt or None,
         images=tuple(images),
@@ -150,13 +166,31 @@ class InferenceServicer(rpc.InferenceServicer):
             call = call_of(request, service.config, context.time_remaining())
             async with contextlib.aclosing(service.answer(call, arrived_at=arrived_at)) as events:
                 async for event in events:
-                    if isinstance(event, TextDelta):
-                        yield pb.GenerateResponse(request_id=request_id, text=event.text, token_ids=event.token_ids)
-                    else:
-                        report = usage_message(event.usage)
-                        yield pb.GenerateResponse(request_id=request_id, finish_reason=event.reason.value, usage=report)
+                    yield self._response(request_id, event)
         except PrismServeError as error:
             await _abort(context, error)
+
+    def _response(self, request_id: str, event: GenerationEvent) -> pb.GenerateResponse:
+        if isinstance(event, TextDelta):
+            return pb.GenerateResponse(
+                request_id=request_id,
+                text=event.text,
+                token_ids=event.token_ids,
+                index=event.index,
+                logprobs=[
+                    pb.TokenLogprobs(
+                        chosen=self._logprob(token, item.logprob), top=[self._logprob(*other) for other in item.top]
+                    )
+                    for token, item in zip(event.token_ids, event.logprobs, strict=False)
+                ],
+            )
+        usage = usage_message(event.usage) if event.usage is not None else None
+        return pb.GenerateResponse(
+            request_id=request_id, finish_reason=event.reason.value, usage=usage, index=event.index
+        )
+
+    def _logprob(self, token_id: int, logprob: float) -> pb.TokenLogprob:
+        return pb.TokenLogprob(token_id=token_id, token=self._service.token_bytes.of(token_id), logprob=logprob)
 
     async def ListModels(  # noqa: N802 - the name in the schema
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -32,7 +32,7 @@ Event: TypeAlias = WorkerOutput | WorkerLost
 class Mailbox:
     """Events of one (request, attempt) from all the workers that serve it.
 
-    A slow reader costs memory for token ids only: consecutive tokens of one worker are merged into one event, and a
+    A slow reader costs memory for tokens only: consecutive tokens of one worker are merged into one event, and a
     worker that sends more than ``tokens_max`` is cut off.
 
     Args:
@@ -79,6 +79,7 @@ class Mailbox:
             event.output,
             token_ids=last.output.token_ids + event.output.token_ids,
             report=event.output.report or last.output.report,
+            logprobs=last.output.logprobs + event.output.logprobs,
         )
         self._events[-1] = WorkerOutput(event.worker_id, merged)
         return True

@@ -18,9 +18,10 @@ from prismserve.router.admission import BodyBudget
 from prismserve.router.calls import chat_call, check_model, completion_call
 from prismserve.router.failures import INTERNAL, Failure, failure_of
 from prismserve.router.fields import boolean, json_object, mapping, refuse
-from prismserve.router.generation import Finished, TextDelta
+from prismserve.router.generation import TextDelta
 from prismserve.router.http_io import drain, read_body, until_disconnect
-from prismserve.router.openai_format import SSE_DONE, Format, sse
+from prismserve.router.openai_format import SSE_DONE, Choice, Format, sse
+from prismserve.router.sampling import choices_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from prismserve.router.calls import Call
     from prismserve.router.generation import GenerationEvent
     from prismserve.router.service import RouterService
+    from prismserve.router.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -157,14 +159,15 @@ class _Door:
             check_model(body.get("model"), service.facts.name)
             stream, include_usage = _stream_options(body)
             call = self._call(body, chat=chat)
-            answer = Format(service.facts, chat=chat, include_usage=include_usage)
+            choices = choices_of(body, service.config)
+            answer = Format(service.facts, service.token_bytes, chat=chat, include_usage=include_usage)
             events = service.answer(call, arrived_at=arrived_at)
             if not stream:
-                text, end = await until_disconnect(request, _collect(events))
-                return JSONResponse(answer.whole(text, end.reason, end.usage))
+                gathered, usage = await until_disconnect(request, _collect(events, choices))
+                return JSONResponse(answer.whole(gathered, usage))
             # The status line must tell failures before the first token.
             first = await until_disconnect(request, _first(events))
-        chunks = _chunks(first, events, answer)
+        chunks = _chunks(first, events, answer, choices)
         return StreamingResponse(chunks, headers=_SSE_HEADERS, media_type="text/event-stream")
 
     def _call(self, body: Mapping[str, Any], *, chat: bool) -> Call:
@@ -180,25 +183,29 @@ async def _first(events: AsyncGenerator[GenerationEvent, None]) -> GenerationEve
     raise EngineError(message)
 
 
-async def _collect(events: AsyncGenerator[GenerationEvent, None]) -> tuple[str, Finished]:
-    parts: list[str] = []
+async def _collect(events: AsyncGenerator[GenerationEvent, None], choices: int) -> tuple[list[Choice], Usage]:
+    gathered = [Choice() for _ in range(choices)]
     async with contextlib.aclosing(events):
         async for event in events:
-            if isinstance(event, Finished):
-                return "".join(parts), event
-            parts.append(event.text)
+            choice = gathered[event.index]
+            if isinstance(event, TextDelta):
+                choice.add(event)
+                continue
+            choice.reason = event.reason
+            if event.usage is not None:
+                return gathered, event.usage
     message = "the answer broke off"
     raise EngineError(message)
 
 
 async def _chunks(
-    first: GenerationEvent, events: AsyncGenerator[GenerationEvent, None], answer: Format
+    first: GenerationEvent, events: AsyncGenerator[GenerationEvent, None], answer: Format, choices: int
 ) -> AsyncGenerator[bytes, None]:
     """The server-sent events of an answer; an error after the first token becomes an error event."""
-    opening = answer.opening()
     async with contextlib.aclosing(events):
-        if opening is not None:
-            yield sse(opening)
+        for opening in (answer.opening(index) for index in range(choices)):
+            if opening is not None:
+                yield sse(opening)
         try:
             event: GenerationEvent | None = first
             while event is not None:
@@ -212,6 +219,6 @@ async def _chunks(
 
 def _documents(event: GenerationEvent, answer: Format) -> list[dict[str, Any]]:
     if isinstance(event, TextDelta):
-        return [answer.delta(event.text)] if event.text else []
-    usage = answer.usage(event.usage)
-    return [answer.ending(event.reason), *([usage] if usage is not None else [])]
+        return [answer.delta(event)] if event.text or event.logprobs else []
+    usage = answer.usage(event.usage) if event.usage is not None else None
+    return [answer.ending(event.index, event.reason), *([usage] if usage is not None else [])]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prismserve.core.errors import WorkerUnavailableError
 from prismserve.core.prompt import block_keys, elements
-from prismserve.core.types import WorkerState
+from prismserve.core.types import RouteDecision, WorkerState
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol.convert import request_to_proto
 from prismserve.router.mailbox import Mailbox
@@ -16,7 +16,7 @@ from prismserve.router.policy import CacheView, LoadView, RequestView, place
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prismserve.core.types import Request, RouteDecision, WorkerInfo
+    from prismserve.core.types import Request, WorkerInfo
     from prismserve.kv_transfer.index.mirror import Mirror
     from prismserve.router.config import RouterConfig
     from prismserve.router.requests import Prepared
@@ -61,19 +61,20 @@ class Placer:
             return False
         return True
 
-    def submit(self, prepared: Prepared, request: Request, avoid: frozenset[str]) -> Attempt:
+    def submit(self, prepared: Prepared, request: Request, avoid: frozenset[str], near: str | None = None) -> Attempt:
         """Choose workers and send them the attempt.
 
         Args:
             prepared: keys of the prompt.
             request: this attempt, with the tokens that were already emitted.
             avoid: workers that failed this request; used only when there are no others.
+            near: a decode worker that holds the prompt's KV; taken as long as it is ready.
 
         Raises:
             WorkerUnavailableError: no worker can decode now.
             OverloadedError: the session to a worker is congested.
         """
-        decision = self._decide(prepared, request, avoid)
+        decision = self._near(near, avoid) or self._decide(prepared, request, avoid)
         names = [decision.decode_worker]
         if decision.prefill_worker is not None:
             names.append(decision.prefill_worker)
@@ -113,6 +114,12 @@ class Placer:
         known = [session.current for session in self._pool.sessions if session.state in _SHARING]
         rest = [info for info in known if info.worker_id not in avoid]
         return rest or known
+
+    def _near(self, near: str | None, avoid: frozenset[str]) -> RouteDecision | None:
+        ready = (session.info.worker_id for session in self._pool.sessions if session.state is WorkerState.READY)
+        if near is None or near in avoid or near not in ready:
+            return None
+        return RouteDecision(near, None, "beside the first choice")
 
     def _decide(self, prepared: Prepared, request: Request, avoid: frozenset[str]) -> RouteDecision:
         sessions = self._pool.sessions

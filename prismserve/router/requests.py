@@ -132,7 +132,11 @@ class RequestBuilder:
         refuse_unserved(call.options)
         default = COMPLETION_MAX_TOKENS if call.messages is None else None
         sampling, settled = parse_sampling(
-            call.options, self._config, vocab_size=self._processor.vocab_size, max_tokens_default=default
+            call.options,
+            self._config,
+            vocab_size=self._processor.vocab_size,
+            max_tokens_default=default,
+            chat=call.messages is not None,
         )
         plan = presets.resolve(call.compression, self._default)
         self._check_images(call)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from prismserve.core.errors import InvalidRequestError
 from prismserve.core.types import SamplingParams
-from prismserve.router.fields import INT64_MAX, array, boolean, integer, number, refuse, text
+from prismserve.router.fields import INT64_MAX, array, boolean, integer, mapping, number, refuse, text
+from prismserve.router.structured import read_constraint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +24,9 @@ _STOP_IDS_MAX: Final = 128
 # Below this the division of logits overflows float32 long before sampling differs from greedy.
 _TEMPERATURE_MIN: Final = 1e-3
 _PENALTY_MAX: Final = 2.0
+_BIAS_MAX: Final = 100.0
+_BIAS_ENTRIES_MAX: Final = 1024
+_TOP_LOGPROBS_MAX: Final = 20
 
 # Fields that would change the answer and are not served: refused unless they hold the harmless value given here.
 _NOT_SERVED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -38,32 +43,21 @@ _NOT_SERVED: Final[Mapping[str, tuple[Any, ...]]] = {
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
     "processor": (),
     "processor_kwargs": ({},),
     "prompt_logprobs": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
@@ -101,6 +95,41 @@ def _stop_token_ids(body: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]
     return tuple(ids)
 
 
+def _logit_bias(body: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    value = body.get("logit_bias")
+    if value is None:
+        return ()
+    entries = mapping(value, "logit_bias")
+    if len(entries) > _BIAS_ENTRIES_MAX:
+        refuse("logit_bias", f"has {len(entries)} entries, at most {_BIAS_ENTRIES_MAX} are allowed")
+    bias: dict[int, float] = {}
+    for name in entries:
+        token = int(name) if name.isascii() and name.isdecimal() and len(name) <= 10 else vocab_size
+        if token >= vocab_size:
+            refuse("logit_bias", f"its names must be token ids between 0 and {vocab_size - 1}")
+        try:
+            bias[token] = _or(number(entries, name, -_BIAS_MAX, _BIAS_MAX), 0.0)
+        except InvalidRequestError as error:
+            refuse("logit_bias", f"token {error.message}")
+    return tuple(sorted(bias.items()))
+
+
+def _logprobs(body: Mapping[str, Any], *, chat: bool) -> int | None:
+    """Alternatives per token, None without log-probabilities: two fields in a chat, a number in a completion."""
+    if not chat and not isinstance(body.get("logprobs"), bool):
+        return integer(body, "logprobs", 0, _TOP_LOGPROBS_MAX)
+    wanted = boolean(body, "logprobs")
+    top = integer(body, "top_logprobs", 0, _TOP_LOGPROBS_MAX)
+    if top and not wanted:
+        refuse("top_logprobs", "is only allowed with logprobs: true")
+    return (top or 0) if wanted else None
+
+
+def choices_of(body: Mapping[str, Any], config: RouterConfig) -> int:
+    """How many answers are asked for (``n``); InvalidRequestError if too many."""
+    return _or(integer(body, "n", 1, config.max_choices), 1)
+
+
 def _max_tokens(body: Mapping[str, Any], default: int | None) -> int | None:
     old = integer(body, "max_tokens", 1, _MAX_TOKENS_LIMIT)
     new = integer(body, "max_completion_tokens", 1, _MAX_TOKENS_LIMIT)
@@ -120,14 +149,16 @@ def parse_sampling(
     *,
     vocab_size: int,
     max_tokens_default: int | None,
+    chat: bool,
 ) -> tuple[SamplingParams, bool]:
     """Read the sampling fields of a request.
 
     Args:
         body: the decoded body; untrusted.
         config: limits and the default temperature.
-        vocab_size: bounds ``stop_token_ids``.
+        vocab_size: bounds ``stop_token_ids`` and ``logit_bias``.
         max_tokens_default: used when the request gives none; None leaves it to the context that remains.
+        chat: whether ``logprobs`` is written as in chats.
 
     Returns:
         The parameters, and whether ``max_tokens`` was settled here (False: the caller fills the context).
@@ -156,5 +187,8 @@ def parse_sampling(
         stop=_stop(body, config),
         stop_token_ids=_stop_token_ids(body, vocab_size),
         ignore_eos=boolean(body, "ignore_eos"),
+        logit_bias=_logit_bias(body, vocab_size),
+        logprobs=_logprobs(body, chat=chat),
+        constraint=read_constraint(body, config),
     )
     return params, max_tokens is not None

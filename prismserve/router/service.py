@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import prismserve
 from prismserve.core.errors import PrismServeError, RequestCancelledError
 from prismserve.kv_transfer.index.mirror import Mirror
+from prismserve.models.token_bytes import TokenBytes
 from prismserve.router.admission import Admission
+from prismserve.router.choices import run_choices
 from prismserve.router.generation import Finished, Generator
 from prismserve.router.media import MediaReader
 from prismserve.router.metrics import RouterMetrics
 from prismserve.router.placement import Placer
 from prismserve.router.requests import RequestBuilder
+from prismserve.router.sampling import choices_of
 from prismserve.router.sessions import WorkerPool
 from prismserve.router.status import pool_status, worker_status
 
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     from prismserve.router.calls import Call
     from prismserve.router.config import RouterConfig
     from prismserve.router.generation import GenerationEvent
-    from prismserve.router.requests import ModelFacts
+    from prismserve.router.requests import ModelFacts, Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class RouterService:
         self.config = config
         self.facts = facts
         self.processor = processor
+        self.token_bytes = TokenBytes(processor.tokenizer)
         self.router_id = router_id
         self.admission = Admission(config)
         self.mirror = Mirror()
@@ -116,16 +121,18 @@ class RouterService:
             arrived_at: ``time.monotonic()`` on arrival.
 
         Raises:
-            PrismServeError: see :meth:`Generator.run` and :meth:`RequestBuilder.build`.
+            PrismServeError: see :meth:`Generator.run`, :func:`run_choices` and :meth:`RequestBuilder.build`.
         """
         ended = False
         try:
-            with self.admission.slot():
+            choices = choices_of(call.options, self.config)
+            with self.admission.slot(choices):
                 prepared = await self._builder.build(call)
-                run = self._generator.run(prepared, arrived_at=arrived_at, timeout_s=call.timeout_s)
-                async with contextlib.aclosing(run) as events:
+                run = functools.partial(self._run, call, arrived_at)
+                stream = run(prepared, None) if choices == 1 else run_choices(run, prepared, choices)
+                async with contextlib.aclosing(stream) as events:
                     async for event in events:
-                        ended = isinstance(event, Finished)
+                        ended = isinstance(event, Finished) and event.usage is not None
                         yield event
         except PrismServeError as error:
             ended = True
@@ -134,6 +141,11 @@ class RouterService:
         finally:
             if not ended:
                 self.metrics.failed(RequestCancelledError.__name__)
+
+    def _run(
+        self, call: Call, arrived_at: float, prepared: Prepared, near: str | None
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        return self._generator.run(prepared, arrived_at=arrived_at, timeout_s=call.timeout_s, near=near)
 
     def status(self) -> dict[str, Any]:
         """The status document: plain data for JSON."""

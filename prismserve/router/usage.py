@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prismserve.core.hashing import canonical_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prismserve.core.types import CompressionPlan, PrefillReport, RouteDecision
     from prismserve.router.requests import Prepared
 
@@ -113,6 +116,16 @@ class Served:
     ttft_s: float
     completion_tokens: int
     attempts: int
+
+
+def combine(usages: Sequence[Usage]) -> Usage:
+    """The report of several answers to one prompt: the prompt's part is the first one's, answers and bytes add up."""
+    return dataclasses.replace(
+        usages[0],
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        kv_bytes_sent=sum(usage.kv_bytes_sent for usage in usages),
+        attempts=max(usage.attempts for usage in usages),
+    )
 
 
 def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:

@@ -23,7 +23,9 @@ class LocalJobs:
     async def submit(self, submission: Submission) -> None:
         """Fetch what peers hold, then hand the request to the engine."""
         await self._runtime.exchange.fetch(submission, "local")
-        await self._runtime.on_engine(lambda engine: engine.submit(submission.request, worker="local"))
+        request = submission.request
+        matcher = await self._runtime.matcher(request)
+        await self._runtime.on_engine(lambda engine: engine.submit(request, worker="local", matcher=matcher))
 
     async def cancel(self, ref: RequestRef) -> None:
         """Drop it from the engine."""

@@ -18,6 +18,7 @@ from prismserve.core.errors import (
     ConfigurationError,
     DeadlineExceededError,
     EngineError,
+    InvalidRequestError,
 )
 from prismserve.core.types import TokenOutput, WorkerInfo, WorkerState, WorkerStats
 from prismserve.engine.engine import Engine
@@ -45,6 +46,8 @@ from prismserve.worker_runtime.warmup import warm_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from prismserve.core.types import Request
+    from prismserve.engine.constraints import Matcher
     from prismserve.engine.prefix_cache import CacheEvents
     from prismserve.kv_transfer.index.base import KVIndex
     from prismserve.models.base import VisionLanguageModel
@@ -194,6 +197,7 @@ class WorkerRuntime:
             await self.peers.close()
         if hasattr(self, "engine_loop"):
             await asyncio.to_thread(self.engine_loop.stop, 5.0)
+            self.engine.constraints.close()
         if hasattr(self, "receiver"):
             await asyncio.to_thread(self.receiver.close)
         if hasattr(self, "hub"):
@@ -247,6 +251,23 @@ class WorkerRuntime:
         except TimeoutError:
             message = f"the engine did not answer within {timeout_s:g} s"
             raise DeadlineExceededError(message) from None
+
+    async def matcher(self, request: Request) -> Matcher | None:
+        """Compile the request's constraint, off the engine's thread and this loop; None if it has none.
+
+        Raises:
+            InvalidRequestError: it is malformed, cannot be satisfied, or is too complex.
+            OverloadedError: too many constraints wait to be compiled.
+        """
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        timeout_s = self.config.engine.constraint_timeout_s
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self.engine.constraints.compile(constraint)), timeout_s)
+        except TimeoutError:
+            message = f"the constraint on the answer took longer than {timeout_s:g} s to compile; simplify it"
+            raise InvalidRequestError(message, field="constraint", request_id=request.request_id) from None
 
     # ---- engine callbacks (engine thread) ----------------------------------------------------------------------
 

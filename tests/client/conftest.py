@@ -55,6 +55,13 @@ class Service(pb_grpc.InferenceServicer):
             failure = self.failures.pop(0)
             await context.abort(failure.code, failure.details, failure.metadata)
 
+    @staticmethod
+    def _logprobs(request, token: int, word: str) -> list[pb.TokenLogprobs]:
+        if not request.sampling.HasField("logprobs"):
+            return []
+        entry = pb.TokenLogprob(token_id=token, token=word.encode(), logprob=-0.5)
+        return [pb.TokenLogprobs(chosen=entry, top=[entry] * request.sampling.logprobs)]
+
     async def Generate(self, request, context):  # noqa: N802
         self.calls += 1
         self.requests.append(request)
@@ -63,13 +70,19 @@ class Service(pb_grpc.InferenceServicer):
         try:
             for index, word in enumerate(("one", " two", " three")):
                 await self._fail(context, index)
-                yield pb.GenerateResponse(request_id="r-1", text=word, token_ids=[index + 1])
+                for choice in range(request.sampling.n or 1):
+                    logprobs = self._logprobs(request, index + 1, word)
+                    yield pb.GenerateResponse(
+                        request_id="r-1", text=word, token_ids=[index + 1], index=choice, logprobs=logprobs
+                    )
                 await asyncio.sleep(self.pause_s)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
         if self.finish:
             usage = pb.Usage(prompt_tokens=9, completion_tokens=3, transport="shm", ttft_ms=1.5, decode_worker="d")
+            for choice in range(1, request.sampling.n):
+                yield pb.GenerateResponse(request_id="r-1", finish_reason="length", index=choice)
             yield pb.GenerateResponse(request_id="r-1", finish_reason="stop", usage=usage)
 
     async def ListModels(self, request, context):  # noqa: N802

@@ -70,6 +70,35 @@ def test_a_stream_gives_one_delta_per_message_and_usage_only_at_the_end(both) ->
     assert [delta.usage is not None for delta in deltas] == [False, False, False, True]
 
 
+def test_several_answers_are_kept_apart_and_share_one_usage(both) -> None:
+    answer = both.call("generate", "hello", n=3)
+    assert [choice.text for choice in answer.choices] == ["one two three"] * 3
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length", "length"]
+    assert (answer.text, answer.finish_reason) == ("one two three", "stop")
+    assert answer.usage.completion_tokens == 3
+    deltas = both.call("stream", "hello", n=3)
+    assert [delta.index for delta in deltas[:3]] == [0, 1, 2]
+    assert [delta.usage is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
+def test_an_answer_that_lacks_one_of_its_choices_is_incomplete(server, both) -> None:
+    server.service.finish = False
+    with pytest.raises(IncompleteAnswerError):
+        both.call("generate", "hello", n=2)
+
+
+def test_logprobs_are_reported_per_token_with_alternatives(both) -> None:
+    answer = both.call("generate", "hello", logprobs=1)
+    assert b"".join(entry.token for entry in answer.logprobs) == b"one two three"
+    assert [(entry.token_id, entry.logprob, len(entry.top)) for entry in answer.logprobs] == [
+        (1, -0.5, 1),
+        (2, -0.5, 1),
+        (3, -0.5, 1),
+    ]
+    assert answer.logprobs[0].top[0].token == b"one"
+    assert both.call("generate", "hello").logprobs == ()
+
+
 def test_models_and_status_are_typed_and_unknown_counters_stay_in_the_document(both) -> None:
     (model,) = both.call("models")
     assert (model.id, model.max_model_len) == ("reference", 512)

@@ -12,6 +12,7 @@ NAMES = [
     "AuthenticationError",
     "BadRequestError",
     "CancelledError",
+    "Choice",
     "Client",
     "ClientClosedError",
     "ClientError",
@@ -28,6 +29,7 @@ NAMES = [
     "RequestError",
     "RetryPolicy",
     "TimeoutExceededError",
+    "TokenLogprob",
     "UnavailableError",
     "UnsupportedError",
     "Usage",
@@ -63,6 +65,14 @@ OPTIONS = [
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "logit_bias",
+    "logprobs",
+    "n",
+    "json_schema",
+    "json_object",
+    "regex",
+    "grammar",
+    "choice",
 ]
 
 

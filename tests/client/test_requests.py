@@ -65,6 +65,16 @@ def test_only_the_sampling_parameters_that_were_given_are_on_the_wire() -> None:
     assert not sampling.HasField("seed")
 
 
+def test_a_schema_is_sent_as_json_in_its_own_order_and_text_as_it_is() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    sent = build_request("q", {"json_schema": schema, "logit_bias": {5: -1.5}, "n": 2, "logprobs": 0}).sampling
+    assert sent.json_schema == '{"type":"object","properties":{"b":{},"a":{}}}'
+    assert dict(sent.logit_bias) == {5: -1.5}
+    assert (sent.n, sent.logprobs, sent.HasField("logprobs")) == (2, 0, True)
+    assert build_request("q", {"json_schema": '{"a": 1}'}).sampling.json_schema == '{"a": 1}'
+    assert build_request("q", {"choice": ["yes", "no"]}).sampling.choice == ["yes", "no"]
+
+
 def test_every_sampling_field_of_the_schema_is_an_option() -> None:
     assert set(GenerateOptions.__annotations__) >= SAMPLING_FIELDS
 
@@ -111,6 +121,11 @@ def test_a_plan_is_sent_as_canonical_json_and_a_name_as_it_is() -> None:
         ("q", {"stop_token_ids": [-1]}, "stop_token_ids"),
         ("q", {"compression": {"keep": float("nan")}}, "compression"),
         ("q", {"compression": {"keep": object()}}, "compression"),
+        ("q", {"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ("q", {"logit_bias": [1]}, "logit_bias"),
+        ("q", {"n": -1}, "n"),
+        ("q", {"json_schema": {"const": float("nan")}}, "json_schema"),
+        ("q", {"regex": "a", "grammar": "b"}, "grammar"),
         ("q", {"max_token": 3}, "max_token"),
     ],
 )

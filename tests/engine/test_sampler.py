@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismserve.core.types import SamplingParams
-from prismserve.engine.sampler import SampleRow, TokenCounts, has_penalty, sample, uniform
+from prismserve.engine import sampler
+from prismserve.engine.sampler import (
+    GREEDY,
+    NO_TOKEN,
+    SampleRow,
+    TokenBias,
+    TokenCounts,
+    has_penalty,
+    is_plain,
+    sample,
+    uniform,
+)
 
 VOCAB = 50
 
@@ -131,6 +142,87 @@ def test_a_blocked_token_is_never_chosen() -> None:
     assert tokens[0] != 7
     assert tokens[1] != 7
     assert tokens[2] == 7
+
+
+class StubMatcher:
+    """Allows the tokens it was made with."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+
+    def fill(self, mask: torch.Tensor) -> None:
+        for token in self.tokens:
+            mask[token // 32] |= 1 << token % 32
+
+
+def test_a_batch_of_plain_greedy_rows_is_one_argmax(monkeypatch) -> None:
+    for step in ("_edit", "_draw_ordered", "_draw_unordered", "uniform"):
+        monkeypatch.setattr(sampler, step, None)
+    logits = torch.randn(5, VOCAB)
+    assert sample(logits, [GREEDY] * 5) == logits.argmax(-1).tolist()
+
+
+def test_only_greedy_requests_without_options_are_plain() -> None:
+    assert is_plain(SamplingParams(max_tokens=5, stop=("x",), top_p=0.5))
+    options = {"temperature": 1.0, "presence_penalty": 1.0, "logit_bias": ((1, 1.0),), "logprobs": 0}
+    assert not any(is_plain(SamplingParams(**{name: value})) for name, value in options.items())
+
+
+def test_bias_is_added_to_the_named_tokens_of_its_own_row() -> None:
+    logits = torch.randn(3, VOCAB)
+    biased = logits.clone()
+    sample(biased, [row(), SampleRow(SamplingParams(), 0, bias=TokenBias([(3, 2.5), (49, -100.0)])), GREEDY])
+    expected = logits.clone()
+    expected[1, 3] += 2.5
+    expected[1, 49] -= 100.0
+    assert torch.equal(biased, expected)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 40, "top_p": 0.9}])
+def test_only_allowed_tokens_are_chosen_and_bias_and_penalties_choose_among_them(params) -> None:
+    allowed = (1, 33, 49)
+    counts = TokenCounts(VOCAB, [33], [33])
+    rows = [
+        SampleRow(
+            SamplingParams(seed=7, repetition_penalty=3.0, **params), index, counts, matcher=StubMatcher(*allowed)
+        )
+        for index in range(64)
+    ]
+    assert set(sample(torch.randn(64, VOCAB), rows)) <= set(allowed)
+    forced = [SampleRow(r.params, r.index, None, (), TokenBias([(49, 90.0)]), r.matcher) for r in rows]
+    assert set(sample(torch.randn(64, VOCAB), forced)) == {49}
+
+
+def test_a_constraint_keeps_its_end_only_when_nothing_else_is_left() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 2] = 50.0
+    rows = [SampleRow(SamplingParams(), 0, None, (2,), matcher=StubMatcher(*tokens)) for tokens in ((2, 9), (2,))]
+    assert sample(logits, rows) == [9, 2]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_rows_without_a_finite_choice_get_no_token_and_others_theirs(params) -> None:
+    logits = torch.randn(5, VOCAB)
+    logits[0, 17] = math.nan
+    logits[1, 17] = math.inf
+    logits[2, :] = -math.inf
+    made = [row(number, seed=3, **params) for number in range(5)]
+    made[3] = SampleRow(made[3].params, 3, matcher=StubMatcher())
+    tokens = sample(logits.clone(), made)
+    assert tokens[:4] == [NO_TOKEN] * 4
+    assert tokens[4:] == sample(logits[4:].clone(), made[4:])
+
+
+def test_a_nan_behind_a_constraint_is_found(monkeypatch) -> None:
+    logits = torch.randn(1, VOCAB)
+    logits[0, 17] = math.nan
+    assert sample(logits, [SampleRow(SamplingParams(), 0, matcher=StubMatcher(4))]) == [NO_TOKEN]
+
+
+def test_the_largest_random_number_draws_a_token_that_has_weight(monkeypatch) -> None:
+    monkeypatch.setattr(sampler, "uniform", lambda seeds, _: torch.ones(len(seeds), dtype=torch.float64))
+    rows = [SampleRow(SamplingParams(temperature=1.0), 0, matcher=StubMatcher(3, 5))]
+    assert sample(torch.randn(1, VOCAB), rows) == [5]
 
 
 @pytest.mark.parametrize("extra", [{}, {"top_k": 3}])

@@ -9,6 +9,8 @@ import pytest
 from prismserve.core.errors import TransferError
 from prismserve.core.types import (
     CompressionPlan,
+    Constraint,
+    ConstraintKind,
     Extent,
     FinishReason,
     Manifest,
@@ -22,6 +24,7 @@ from prismserve.core.types import (
     Reservation,
     SamplingParams,
     TextSegment,
+    TokenLogprobs,
     TokenOutput,
     WorkerStats,
 )
@@ -32,6 +35,9 @@ KEY = bytes(range(32))
 SPEC = MethodSpec("visionzip", (("contextual", 0.15625), ("keep", 64), ("merge", "sum"), ("none", None), ("on", True)))
 
 
+LOGPROBS = (TokenLogprobs(-0.5, ((5, -0.5), (2, -1.25))), TokenLogprobs(-9999.0))
+
+
 def request() -> Request:
     return Request(
         request_id="r-1",
@@ -40,7 +46,16 @@ def request() -> Request:
         wire_namespace=KEY[::-1],
         prompt=Prompt((TextSegment((4,)), MediaSegment(0, KEY, 49, 196), TextSegment((7, 8, 5)))),
         media=(MediaInput(b"png", KEY, 224, 200),),
-        sampling=SamplingParams(max_tokens=9, temperature=0.5, stop=("a", "b"), stop_token_ids=(1, 2), seed=-3),
+        sampling=SamplingParams(
+            max_tokens=9,
+            temperature=0.5,
+            stop=("a", "b"),
+            stop_token_ids=(1, 2),
+            seed=-3,
+            logit_bias=((4, -100.0), (9, 0.7)),
+            logprobs=0,
+            constraint=Constraint(ConstraintKind.JSON_SCHEMA, '{"type":"object"}'),
+        ),
         compression=CompressionPlan(SPEC, MethodSpec("int8"), "balanced"),
         resume_token_ids=(11, 12),
         priority=-1,
@@ -51,6 +66,23 @@ def request() -> Request:
 def test_a_request_survives_the_wire() -> None:
     message = pb.Request.FromString(convert.request_to_proto(request()).SerializeToString())
     assert convert.request_from_proto(message) == request()
+
+
+def test_what_a_request_leaves_out_stays_out() -> None:
+    plain = convert.sampling_from_proto(convert.sampling_to_proto(SamplingParams()))
+    assert (plain.logit_bias, plain.logprobs, plain.constraint) == ((), None, None)
+
+
+def test_an_unknown_kind_of_constraint_is_refused() -> None:
+    message = convert.request_to_proto(request())
+    message.sampling.constraint.kind = "haiku"
+    with pytest.raises(TransferError, match="haiku"):
+        convert.request_from_proto(message)
+
+
+def test_logprobs_of_unequal_lengths_are_refused() -> None:
+    with pytest.raises(TransferError, match="2 tokens come with 1"):
+        convert.logprobs_from_proto([pb.TokenLogprobs(top_token_ids=[1, 2], top_logprobs=[-1.0])])
 
 
 def test_a_media_reference_out_of_range_is_refused() -> None:
@@ -71,7 +103,7 @@ def test_a_short_digest_is_refused(field: str) -> None:
 def test_outputs_and_reports_survive_the_wire() -> None:
     report = PrefillReport(worker_id="p", cached_tokens=3, encode_ms=1.5, kv_bytes_sent=9, transport="nixl")
     for reason in (None, *FinishReason):
-        output = TokenOutput("r", 1, (5, 6), reason, "text", report)
+        output = TokenOutput("r", 1, (5, 6), reason, "text", report, LOGPROBS)
         message = pb.TokenOutput.FromString(convert.token_output_to_proto(output).SerializeToString())
         assert convert.token_output_from_proto(message) == output
     assert convert.token_output_from_proto(pb.TokenOutput(request_id="r")).report is None
@@ -94,6 +126,7 @@ def test_a_manifest_survives_the_wire() -> None:
     manifest = Manifest(
         "r", 1, "p-1", 7, KEY, KEY, MethodSpec("int8"), (60, 60), 207, (9,), (Payload(0, 0, 60, 64, 128, b"c" * 16),), 5
     )
+    manifest = dataclasses.replace(manifest, first_logprobs=LOGPROBS[:1])
     message = pb.Manifest.FromString(convert.manifest_to_proto(manifest).SerializeToString())
     assert convert.manifest_from_proto(message) == manifest
     message.payloads[0].checksum = b"c"

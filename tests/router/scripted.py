@@ -11,7 +11,15 @@ import grpc
 import numpy as np
 from PIL import Image
 
-from prismserve.core.types import FinishReason, KVLayout, PrefillReport, TokenOutput, WorkerInfo, WorkerStats
+from prismserve.core.types import (
+    FinishReason,
+    KVLayout,
+    PrefillReport,
+    TokenLogprobs,
+    TokenOutput,
+    WorkerInfo,
+    WorkerStats,
+)
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol import worker_pb2_grpc as rpc
 from prismserve.protocol.convert import stats_to_proto, token_output_to_proto
@@ -46,14 +54,23 @@ class Script:
     die_at: end the stream abruptly after this many tokens of the whole answer.
     fail: error text sent instead of tokens.
     pause_s: before each token.
+    Log-probabilities, if asked for, are -0.5 for the token and -0.5, -1.5, ... for it and the tokens after it.
     """
 
     token_ids: tuple = ()
     die_at: int | None = None
     fail: str | None = None
     pause_s: float = 0.0
+    answers: tuple = ()  # of one request after another, in place of token_ids
     finish: FinishReason = FinishReason.STOP
     silent: bool = False
+
+
+def _logprobs(token, sampling):
+    if not sampling.HasField("logprobs"):
+        return ()
+    top = tuple((token + number, -0.5 - number) for number in range(sampling.logprobs))
+    return (TokenLogprobs(-0.5, top),)
 
 
 class ScriptedWorker(rpc.WorkerServicer):
@@ -65,6 +82,7 @@ class ScriptedWorker(rpc.WorkerServicer):
         self.epoch = 0
         self.server = None
         self._running = {}
+        self._numbers = {}
 
     async def start(self):
         self.server = grpc.aio.server(options=[("grpc.max_receive_message_length", 128 << 20)])
@@ -131,7 +149,11 @@ class ScriptedWorker(rpc.WorkerServicer):
         if submit.job == pb.JOB_DECODE:
             await self.fabric.event(key).wait()
         done = len(submit.request.resume_token_ids)
-        limit = min(len(script.token_ids), submit.request.sampling.max_tokens)
+        script_ids = script.token_ids
+        if script.answers:
+            number = self._numbers.setdefault(key[0], len(self._numbers))
+            script_ids = script.answers[number]
+        limit = min(len(script_ids), submit.request.sampling.max_tokens)
         report = PrefillReport(
             worker_id=self.worker_id,
             cached_tokens=16,
@@ -149,8 +171,10 @@ class ScriptedWorker(rpc.WorkerServicer):
             await asyncio.sleep(script.pause_s)
             finish = None
             if at == limit - 1:
-                finish = script.finish if limit == len(script.token_ids) else FinishReason.LENGTH
-            token = TokenOutput(*key, (script.token_ids[at],), finish, "", report if at == done else None)
+                finish = script.finish if limit == len(script_ids) else FinishReason.LENGTH
+            first = report if at == done else None
+            logprobs = _logprobs(script_ids[at], submit.request.sampling)
+            token = TokenOutput(*key, (script_ids[at],), finish, "", first, logprobs)
             await self._emit(out, token)
 
     @staticmethod

@@ -61,6 +61,49 @@ async def test_sampling_numbers_survive_the_32_bit_wire(start_cluster):
     assert (sent.temperature, sent.top_p, sent.seed) == (0.7, 0.95, 5)
 
 
+@pytest.mark.parametrize("by_prompt", [False, True])
+async def test_sampling_options_cross_and_logprobs_and_choices_come_back(start_cluster, answer_ids, by_prompt):
+    cluster = await start_cluster(("decode",), Script(answer_ids))
+    sampling = pb.SamplingParams(
+        n=2, logprobs=2, logit_bias={5: -100, 6: 0.7}, choice=["yes", "no"], max_tokens=64, seed=3
+    )
+    message = pb.GenerateRequest(prompt="the", sampling=sampling) if by_prompt else question(sampling=sampling)
+    async with grpc.aio.insecure_channel(cluster.grpc_address) as channel:
+        replies = [r async for r in rpc.InferenceStub(channel).Generate(message)]
+    for index in (0, 1):
+        mine = [r for r in replies if r.index == index]
+        assert "".join(r.text for r in mine) == ANSWER
+        assert [bool(r.finish_reason) for r in mine] == [False] * (len(mine) - 1) + [True]
+        entries = [entry for r in mine for entry in r.logprobs]
+        assert [entry.chosen.token_id for entry in entries] == list(answer_ids)
+        assert b"".join(entry.chosen.token for entry in entries).decode() == ANSWER
+        assert {entry.chosen.logprob for entry in entries} == {-0.5}
+        assert all([top.logprob for top in entry.top] == [-0.5, -1.5] for entry in entries)
+    assert [r.HasField("usage") for r in replies] == [False] * (len(replies) - 1) + [True]
+    assert replies[-1].usage.completion_tokens == 2 * len(answer_ids)
+    sent = cluster.workers["decode-0"].submits[1].request.sampling
+    assert dict(sent.logit_bias) == {5: -100.0, 6: 0.7}
+    assert (sent.logprobs, sent.constraint.kind, sent.constraint.text) == (2, "choice", '["yes","no"]')
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"json_schema": '{"type": "array"}'}, "json_schema", '{"type":"array"}'),
+        ({"json_object": True}, "json_schema", '{"type":"object"}'),
+        ({"regex": "a+"}, "regex", "a+"),
+        ({"grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+    ],
+)
+async def test_every_kind_of_constraint_reaches_the_worker(start_cluster, fields, kind, text):
+    cluster = await start_cluster(("decode",))
+    async with grpc.aio.insecure_channel(cluster.grpc_address) as channel:
+        message = question(sampling=pb.SamplingParams(**fields))
+        _ = [r async for r in rpc.InferenceStub(channel).Generate(message)]
+    constraint = cluster.workers["decode-0"].submits[0].request.sampling.constraint
+    assert (constraint.kind, constraint.text) == (kind, text)
+
+
 @pytest.mark.parametrize(
     ("request_message", "code", "field"),
     [
@@ -71,6 +114,14 @@ async def test_sampling_numbers_survive_the_32_bit_wire(start_cluster):
             "temperature",
         ),
         (question(sampling=pb.SamplingParams(max_tokens=0)), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+        (question(sampling=pb.SamplingParams(n=99)), grpc.StatusCode.INVALID_ARGUMENT, "n"),
+        (question(sampling=pb.SamplingParams(logprobs=21)), grpc.StatusCode.INVALID_ARGUMENT, "top_logprobs"),
+        (question(sampling=pb.SamplingParams(logit_bias={768: 1})), grpc.StatusCode.INVALID_ARGUMENT, "logit_bias"),
+        (
+            question(sampling=pb.SamplingParams(regex="a", json_object=True)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "structured_outputs",
+        ),
         (question(compression="shrink"), grpc.StatusCode.INVALID_ARGUMENT, "compression"),
         (question(compression="{"), grpc.StatusCode.INVALID_ARGUMENT, "compression"),
         (question(cache_salt="a\0"), grpc.StatusCode.INVALID_ARGUMENT, "cache_salt"),

@@ -46,6 +46,8 @@ class Answer:
     text: str
     token_ids: list[int]
     usage: Any
+    logprobs: list[Any] = field(default_factory=list)
+    others: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,11 +121,14 @@ class World:
         answer = Answer("", [], None)
         async with contextlib.aclosing(self.router.answer(call, arrived_at=time.monotonic())) as events:
             async for event in events:
-                if isinstance(event, TextDelta):
+                if isinstance(event, TextDelta) and event.index:
+                    answer.others.setdefault(event.index, []).extend(event.token_ids)
+                elif isinstance(event, TextDelta):
+                    answer.logprobs += event.logprobs
                     answer.text += event.text
                     answer.token_ids += event.token_ids
                 elif isinstance(event, Finished):
-                    answer.usage = event.usage
+                    answer.usage = event.usage or answer.usage
         return answer
 
     async def close(self) -> None:

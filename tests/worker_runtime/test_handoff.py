@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from prismserve.core.errors import InvalidRequestError
 from prismserve.core.types import Role
 from prismserve.models.reference import reference_path
 from prismserve.models.reference.scenes import make_scene
@@ -120,3 +123,65 @@ async def test_stop_strings_and_sampling_cross_the_handoff(world: Any) -> None:
     assert cut.text.strip() == whole.text.split()[0]
     sampled = [await world.ask(SEED + 51, "Describe the image.", temperature=1.5, seed=7) for _ in range(2)]
     assert sampled[0].token_ids == sampled[1].token_ids
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "count": {"type": "integer", "maximum": 99}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "scene", "schema": SCHEMA}}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+async def test_a_json_schema_holds_from_the_first_token_across_the_handoff(world: Any, temperature: float) -> None:
+    options = {"response_format": FORMAT, "temperature": temperature, "seed": 11, "max_tokens": 100, "logprobs": True}
+    answer = await world.ask(SEED + 90, "Describe the image.", **options, top_logprobs=2)
+    value = json.loads(answer.text)
+    assert list(value) == ["colour", "count"]
+    assert answer.usage.prefill_worker.startswith("prefill-")
+    assert answer.usage.attempts == 1
+    assert answer.text[0] == "{"
+    assert len(answer.logprobs) == len(answer.token_ids)
+    for entry in answer.logprobs:
+        assert entry.logprob <= entry.top[0][1] <= 0
+        assert math.exp(entry.top[0][1]) + math.exp(entry.top[1][1]) <= 1.0001
+    again = await world.ask(SEED + 90, "Describe the image.", **options)
+    assert again.token_ids == answer.token_ids
+
+
+async def test_logprobs_of_the_first_token_are_those_a_single_worker_gives(world: Any) -> None:
+    seen = await world.ask(SEED + 91, "Describe the image.", logprobs=True, top_logprobs=3)
+    alone = await world.ask(SEED + 91, "Describe the image.", logprobs=True, top_logprobs=3, n=2)
+    for entry, other in zip(seen.logprobs, alone.logprobs, strict=True):
+        assert [token for token, _ in entry.top] == [token for token, _ in other.top]
+        assert math.isclose(entry.logprob, other.logprob, abs_tol=1e-3)
+
+
+async def test_several_answers_prefill_and_move_the_prompt_once(world: Any) -> None:
+    prefill, decode = world.workers[:2]
+    before = prefill.exchange.counters.transfers, decode.engine.stats().prefill_tokens
+    options = {"temperature": 2.0, "seed": 5, "n": 4}
+    answer = await world.ask(SEED + 92, "Describe the image.", **options)
+    assert len(answer.others) == 3
+    assert len({tuple(ids) for ids in (answer.token_ids, *answer.others.values())}) > 1
+    assert prefill.exchange.counters.transfers == before[0] + 1
+    # The others share the full blocks and the image, and compute the last, partial block at most.
+    assert decode.engine.stats().prefill_tokens - before[1] <= 3 * 16
+    again = await world.ask(SEED + 92, "Describe the image.", **options)
+    assert (again.token_ids, again.others) == (answer.token_ids, answer.others)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wizard"}}}},
+        {"guided_json": {"type": "integer", "multipleOf": 99_999_999, "minimum": 3, "maximum": 10**18}},
+        {"guided_regex": "("},
+    ],
+)
+async def test_a_schema_bomb_is_the_callers_error_and_leaves_nothing_behind(world: Any, constraint: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="constraint"):
+        await world.ask(SEED + 93, "Describe the image.", **constraint)
+    await test_nothing_is_held_when_all_is_said(world)
