@@ -122,6 +122,14 @@ class BlockManager:
         """Keep some of a layer's slots: see :meth:`prismserve.engine.ragged.RaggedLayers.compact`."""
         self._ragged.compact(sequence, layer, keep)
 
+    def unshare(self, sequence: Sequence) -> bool:
+        """Take what only a ragged sequence looks at out of the cache: gives memory back where little is left.
+
+        Returns:
+            Whether anything changed.
+        """
+        return sequence.ragged is not None and self._ragged.unshare(sequence)
+
     def read_layer(self, sequence: Sequence, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy out all keys and values one layer holds of a sequence: two [tokens, kv_heads, head_dim] tensors."""
         if sequence.ragged is None:

@@ -205,6 +205,18 @@ class PrefixCache:
             self._evict_one()
         return self._pool.allocate_blocks(blocks)
 
+    def forget(self, group: int) -> bool:
+        """Stop listing a group that one table alone references, so that its owner may change it.
+
+        Returns:
+            False, and nothing changed, if it is shared or other listed blocks hang on it.
+        """
+        key = self._key_of.get(group)
+        if key is None or self._pool.references[group] != 1 or self._nodes[key].children:
+            return False
+        self._remove(key)
+        return True
+
     def clear(self) -> None:
         """Evict every idle block."""
         while self._pool.idle_groups:
@@ -248,6 +260,9 @@ class PrefixCache:
             stamp, key = heapq.heappop(self._heap)
             if self._is_victim(stamp, key):
                 break
+        self._remove(key)
+
+    def _remove(self, key: BlockKey) -> None:
         node = self._nodes.pop(key)
         del self._key_of[node.group]
         self._pool.unlist_group(node.group)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prismserve.core.errors import EngineError, InvalidRequestError
+from prismserve.core.errors import EngineError, InvalidRequestError, OutOfBlocksError
 
 if TYPE_CHECKING:
     from prismserve.engine.pool import KVPool
@@ -113,17 +113,19 @@ class RaggedLayers:
             raise InvalidRequestError(message, field="layer")
         tokens = sequence.cached if sequence.ragged is None else sequence.ragged[layer].tokens
         rows = check_keep(keep, tokens, layout.kv_heads)
-        kept, leading = rows.shape[1], _leading_kept(rows)
-        if kept == tokens == leading:
+        leading = _leading_kept(rows)
+        if rows.shape[1] == tokens == leading:
             return
-        shared = self._shared_groups(sequence) if sequence.ragged is None else sequence.ragged[layer].shared
-        staying = min(shared, leading // layout.block_tokens)
-        wanted = self._pool.blocks_for(kept) - staying
-        held = len(sequence.table) - shared if sequence.ragged is None else len(sequence.ragged[layer].owned)
-        fresh = self._prefix.allocate_blocks(max(0, wanted - held))
-        tables = self._break_up(sequence, shared)
-        self._move(tables[layer], rows, staying, wanted, fresh)
-        self._trim_base(sequence, tables)
+        try:
+            fresh = self._allocate_copy(sequence, layer, rows.shape[1], leading)
+        except OutOfBlocksError:
+            # Memory is short: what only this sequence looks at leaves the cache, so that it can be changed in place.
+            if not self.unshare(sequence):
+                raise
+            fresh = self._allocate_copy(sequence, layer, rows.shape[1], leading)
+        table = self._break_up(sequence)[layer]
+        self._move(table, rows, min(table.shared, leading // layout.block_tokens), fresh)
+        self._trim_base(sequence)
         sequence.publishable = False
         sequence.compactions.append(Compaction(sequence.cached, layer, keep.detach().to("cpu").clone()))
 
@@ -147,17 +149,56 @@ class RaggedLayers:
             self._pool.free_blocks(table.owned)
         sequence.ragged = None
 
+    def unshare(self, sequence: Sequence) -> bool:
+        """Make the last groups of the base the sequence's own, as far as nobody else looks at them.
+
+        Returns:
+            Whether any was; blocks that no layer needed were given back.
+        """
+        before = self._shared_groups(sequence)
+        if sequence.ragged is None:
+            while (shared := self._shared_groups(sequence)) and self._prefix.forget(sequence.table[shared - 1]):
+                sequence.published = min(sequence.published, shared - 1)
+            return self._shared_groups(sequence) < before
+        while sequence.table and self._own_alone(sequence.table[-1]):
+            index = len(sequence.table) - 1
+            sequence.published = min(sequence.published, index)
+            blocks = self._pool.break_up(sequence.table.pop())
+            for table, block in zip(sequence.ragged, blocks, strict=True):
+                if table.shared > index:
+                    table.shared = index
+                else:
+                    self._pool.free_blocks([block])
+        return self._shared_groups(sequence) < before
+
+    def _own_alone(self, group: int) -> bool:
+        """Whether a table's group is its own alone, once it left the cache; one that cannot leave it is not."""
+        if self._pool.is_listed(group):
+            return self._prefix.forget(group)
+        return self._pool.references[group] == 1
+
+    def _allocate_copy(self, sequence: Sequence, layer: int, kept: int, leading: int) -> list[int]:
+        """Blocks that a layer needs beyond those it owns, to hold ``kept`` slots of which ``leading`` do not move."""
+        if sequence.ragged is None:
+            shared = self._shared_groups(sequence)
+            owned = len(sequence.table) - shared
+        else:
+            shared, owned = sequence.ragged[layer].shared, len(sequence.ragged[layer].owned)
+        staying = min(shared, leading // self._pool.block_tokens)
+        return self._prefix.allocate_blocks(max(0, self._pool.blocks_for(kept) - staying - owned))
+
     def _shared_groups(self, sequence: Sequence) -> int:
-        """Leading groups of a uniform table that must stay whole: up to the last that is shared or cached."""
+        """Leading groups of the table that must stay whole: up to the last that is shared or cached."""
         for index in range(len(sequence.table), 0, -1):
             group = sequence.table[index - 1]
             if self._pool.references[group] > 1 or self._pool.is_listed(group):
                 return index
         return 0
 
-    def _break_up(self, sequence: Sequence, shared: int) -> list[LayerTable]:
+    def _break_up(self, sequence: Sequence) -> list[LayerTable]:
         if sequence.ragged is None:
             layers = self._pool.layout.layers
+            shared = self._shared_groups(sequence)
             own = [self._pool.break_up(group) for group in sequence.table[shared:]]
             base = sequence.table[:shared]
             sequence.table = base
@@ -171,9 +212,10 @@ class RaggedLayers:
             ]
         return sequence.ragged
 
-    def _move(self, table: LayerTable, rows: torch.Tensor, staying: int, wanted: int, fresh: list[int]) -> None:
+    def _move(self, table: LayerTable, rows: torch.Tensor, staying: int, fresh: list[int]) -> None:
         """Gather the kept slots and write them behind the ``staying`` shared blocks, reusing owned ones first."""
         pool = self._pool
+        wanted = pool.blocks_for(rows.shape[1]) - staying
         keys, values = pool.read_blocks(table.blocks, 0, table.tokens)
         first = staying * pool.block_tokens
         index = rows[:, first:].T[:, :, None].to(keys.device)
@@ -185,9 +227,9 @@ class RaggedLayers:
         table.tokens = rows.shape[1]
         pool.write_blocks(table.blocks, first, keys.gather(0, index), values.gather(0, index))
 
-    def _trim_base(self, sequence: Sequence, tables: list[LayerTable]) -> None:
+    def _trim_base(self, sequence: Sequence) -> None:
         """Let go of whole groups that no layer looks at any more."""
-        needed = max(table.shared for table in tables)
+        needed = max(table.shared for table in sequence.ragged or ())
         self._prefix.release(sequence.table[needed:])
         sequence.table = sequence.table[:needed]
         sequence.published = min(sequence.published, needed)

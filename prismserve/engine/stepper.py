@@ -170,6 +170,9 @@ class Stepper:
     def _preempt(self, sequence: Sequence, outputs: list[TokenOutput], *, alone: bool) -> None:
         if alone and sequence.ragged is not None:
             # Nobody else holds a block, so it would find too few again; a uniform sequence always fits alone.
+            if self._blocks.unshare(sequence):
+                self.stalled = False
+                return
             message = f"the KV pool of {self._blocks.pool.groups} blocks cannot hold the sequence and what it shares"
             self._fail(sequence, outcome_text(OutOfBlocksError(message)), outputs)
             return

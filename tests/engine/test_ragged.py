@@ -198,18 +198,30 @@ def test_a_streamed_export_is_not_compacted(text) -> None:
         engine.compact("a", 0, 0, torch.tensor([0]))
 
 
+def test_short_of_memory_what_nobody_shares_is_changed_in_place(text) -> None:
+    engine = text.engine(12)
+    ids = start(text, engine, "a", 1, 40, max_tokens=8)
+    keep = {layer: torch.arange(1, 40) for layer in range(LAYERS)}
+    for layer in range(LAYERS):
+        engine.compact("a", 0, layer, keep[layer])
+        engine.check_integrity()
+    assert Driver(engine).run()["a"] == text.expected(ids, 8, keep)[1:]
+    assert engine.drain_cache_events().added == engine.cached_keys() == []
+
+
 def test_a_copy_that_finds_no_room_leaves_the_request_as_it_was(text) -> None:
     engine = text.engine(14)
     ids = start(text, engine, "a", 1, 40, max_tokens=4)
-    keep = {0: torch.arange(1, 40)}
+    pinned = engine.pin_blocks(engine.cached_keys())
+    keep = {0: torch.arange(1, 37)}
     engine.compact("a", 0, 0, keep[0])
     held = engine.export_view("a", 0)
     with pytest.raises(OutOfBlocksError):
         engine.compact("a", 0, 1, torch.arange(1, 40))
     engine.check_integrity()
     assert engine.export_view("a", 0) == held
-    driver = Driver(engine)
-    assert driver.run()["a"] == text.expected(ids, 4, keep)[1:]
+    assert Driver(engine).run()["a"] == text.expected(ids, 4, keep)[1:]
+    engine.unpin(pinned.pin_id)
 
 
 def test_a_late_writer_into_single_layer_blocks_is_refused_once_they_were_freed(text) -> None:
@@ -226,13 +238,25 @@ def test_a_late_writer_into_single_layer_blocks_is_refused_once_they_were_freed(
         pool.write_blocks(blocks, 1, keys, keys, tags)
 
 
+def test_a_ragged_request_that_is_alone_gives_up_its_cache_entries_before_its_life(text) -> None:
+    engine = text.engine(12)
+    ids = start(text, engine, "a", 1, 30, max_tokens=18)
+    keep = {1: torch.arange(30).flip(0)}
+    engine.compact("a", 0, 1, keep[1])
+    driver = Driver(engine)
+    assert driver.run()["a"] == text.expected(ids, 18, keep)[1:]
+    assert engine.pool.used_groups == 0
+
+
 def test_a_ragged_request_that_outgrows_the_pool_ends_with_an_error_of_its_own(text) -> None:
     engine = text.engine(12)
     start(text, engine, "a", 1, 30, max_tokens=100)
+    pinned = engine.pin_blocks(engine.cached_keys())
     engine.compact("a", 0, 1, torch.arange(30).flip(0))
     driver = Driver(engine)
-    engine.submit(text.request("b", text.prompt(2, 20), 9), worker="local")
-    assert driver.run()["b"] == text.expected(text.prompt(2, 20), 9)
+    engine.submit(text.request("b", text.prompt(2, 18), 3), worker="local")
+    assert driver.run()["b"] == text.expected(text.prompt(2, 18), 3)
     assert driver.ends["a"].finish_reason is FinishReason.ERROR
     assert driver.ends["a"].error.startswith("invalid: the KV pool of 12 blocks cannot hold")
+    engine.unpin(pinned.pin_id)
     assert engine.pool.used_groups == 0
