@@ -32,6 +32,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return triton_installed() if tensor.is_cuda else _choice.interpreted
 
 
+def use_triton_on(device: torch.device) -> bool:
+    """Whether ops on tensors of this device run as Triton kernels."""
+    return triton_installed() if device.type == "cuda" else _choice.interpreted
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Inside, ops on CPU tensors run their Triton kernels in Triton's interpreter; for tests, thousands of times slower.

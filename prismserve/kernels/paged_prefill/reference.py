@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from prismserve.kernels.paged_cache.layout import LayerKV, storage
 from prismserve.kernels.paged_cache.reference import read_blocks
+from prismserve.kernels.paged_prefill.plan import Ragged
 
 _TILE_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """Where the sequences of a batch lie, on the device of the queries.
-
-    The query rows of a sequence are its last tokens: with n cached and q query rows, row i sees ``n - q + i + 1``
-    slots.
-
-    Attributes:
-        tables: [B, W] int32 or int64 groups; what lies behind a sequence's last block is any valid group.
-        q_starts: [B] int32 or int64, a sequence's first row among the flattened queries.
-        q_lens: [B] int32 or int64 rows, 0 allowed.
-        kv_lens: [B] int32 or int64 cached tokens, at least ``q_lens``.
-        q_len_max: no sequence has more query rows.
-    """
-
-    tables: torch.Tensor
-    q_starts: torch.Tensor
-    q_lens: torch.Tensor
-    kv_lens: torch.Tensor
-    q_len_max: int
 
 
 def paged_prefill(

@@ -16,7 +16,7 @@ from prismserve.kernels.attention_tile import finish_tile, fold_tile, score_tile
 from prismserve.kernels.device import kernel, power_of_two, raw
 from prismserve.kernels.paged_cache.layout import LayerKV, storage
 from prismserve.kernels.paged_cache.triton import scales, storage_format
-from prismserve.kernels.paged_prefill.reference import Ragged
+from prismserve.kernels.paged_prefill.plan import Ragged
 
 _LOG2_E: Final = 1.4426950408889634
 
