@@ -7,8 +7,6 @@ and to the weights (values): ``q.(c*s + o) = s*(q.c) + o*sum(q)``, ``sum_n p_n*(
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton.language as tl
 
 from prismserve.kernels.device import INT4, PLAIN, kernel, load_rows
@@ -16,14 +14,14 @@ from prismserve.kernels.device import INT4, PLAIN, kernel, load_rows
 
 @kernel
 def slot_places(
-    table: Any,
-    slot: Any,
-    inside: Any,
-    kv_head: Any,
-    strides: Any,
-    scale_strides: Any,
+    table: tl.tensor,
+    slot: tl.tensor,
+    inside: tl.tensor,
+    kv_head: tl.tensor,
+    strides: tl.tensor,
+    scale_strides: tl.tensor,
     BLOCK_TOKENS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Element offsets of the codes and of the scales of cache slots.
 
     Args:
@@ -46,18 +44,18 @@ def slot_places(
 
 @kernel
 def score_tile(
-    q: Any,
-    q_sum: Any,
-    keys: Any,
-    key_scale: Any,
-    key_offset: Any,
-    rows: Any,
-    scale_rows: Any,
-    inside: Any,
+    q: tl.tensor,
+    q_sum: tl.tensor,
+    keys: tl.tensor,
+    key_scale: tl.tensor,
+    key_offset: tl.tensor,
+    rows: tl.tensor,
+    scale_rows: tl.tensor,
+    inside: tl.tensor,
     D: tl.constexpr,
     P: tl.constexpr,
     FORMAT: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """[M, N] float32 products of q [M, P] with the keys of N slots; ``q_sum`` [M] is q summed over channels."""
     codes = load_rows(keys, rows, inside, D, P, FORMAT, q.dtype)
     scores = tl.dot(q, tl.trans(codes), input_precision="ieee")
@@ -71,19 +69,19 @@ def score_tile(
 
 @kernel
 def fold_tile(
-    scores: Any,
-    state: Any,
-    values: Any,
-    value_scale: Any,
-    value_offset: Any,
-    rows: Any,
-    scale_rows: Any,
-    inside: Any,
+    scores: tl.tensor,
+    state: tl.tensor,
+    values: tl.tensor,
+    value_scale: tl.tensor,
+    value_offset: tl.tensor,
+    rows: tl.tensor,
+    scale_rows: tl.tensor,
+    inside: tl.tensor,
     D: tl.constexpr,
     P: tl.constexpr,
     FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """One step of the online softmax.
 
     Args:
@@ -122,7 +120,7 @@ def fold_tile(
 
 
 @kernel
-def finish_tile(state: Any) -> Any:
+def finish_tile(state: tl.tensor) -> tl.tensor:
     """Attention output [M, P] and natural log-sum-exp [M] of a finished state; 0 and -inf for rows that saw nothing."""
     most, total, weighted, shifted = state
     seen = total > 0

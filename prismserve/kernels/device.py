@@ -39,13 +39,13 @@ def raw(codes: torch.Tensor) -> torch.Tensor:
 
 
 @kernel
-def round_even(x: Any) -> Any:
+def round_even(x: tl.tensor) -> tl.tensor:
     """Nearest integer of a float32 below 2^22, ties to even."""
     return (x + _ROUND) - _ROUND
 
 
 @kernel
-def decode_e4m3(byte: Any) -> Any:
+def decode_e4m3(byte: tl.tensor) -> tl.tensor:
     """The float16 value of e4m3 bytes (no NaN among them): the same bits under float16's bias, times 2^8."""
     bits = byte.to(tl.uint16)
     moved = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
@@ -53,7 +53,7 @@ def decode_e4m3(byte: Any) -> Any:
 
 
 @kernel
-def encode_e4m3(x: Any) -> Any:
+def encode_e4m3(x: tl.tensor) -> tl.tensor:
     """The e4m3 byte nearest to a float32, ties to even, saturating at 448 (arXiv:2209.05433)."""
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.int32, bitcast=True)
@@ -65,7 +65,7 @@ def encode_e4m3(x: Any) -> Any:
 
 
 @kernel
-def fold_halves(first: Any, second: Any, live: Any, AXIS: tl.constexpr) -> Any:
+def fold_halves(first: tl.tensor, second: tl.tensor, live: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
     """Least and greatest value of each row (AXIS 1) over both halves of its channels.
 
     Args:
@@ -83,44 +83,49 @@ def fold_halves(first: Any, second: Any, live: Any, AXIS: tl.constexpr) -> Any:
 
 
 @kernel
-def range_scale(low: Any, high: Any, FORMAT: tl.constexpr) -> Any:
+def range_scale(low: tl.tensor, high: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     """Scale and offset (0 for symmetric formats) that map a range to the codes of a format; float32."""
-    if FORMAT == INT4:
-        return tl.div_rn(high - low, low * 0.0 + 15.0), low
-    if FORMAT == AFFINE8:
-        return tl.div_rn(high - low, low * 0.0 + 255.0), low
+    zero = low * 0.0
     size = tl.maximum(tl.abs(low), tl.abs(high))
-    if FORMAT == INT8:
-        return tl.div_rn(size, size * 0.0 + 127.0), size * 0.0
-    return tl.div_rn(size, size * 0.0 + 448.0), size * 0.0
+    if FORMAT == INT4:
+        scale, offset = tl.div_rn(high - low, zero + 15.0), low
+    elif FORMAT == AFFINE8:
+        scale, offset = tl.div_rn(high - low, zero + 255.0), low
+    elif FORMAT == INT8:
+        scale, offset = tl.div_rn(size, zero + 127.0), zero
+    else:
+        scale, offset = tl.div_rn(size, zero + 448.0), zero
+    return scale, offset
 
 
 @kernel
-def to_codes(x: Any, scale: Any, offset: Any, FORMAT: tl.constexpr) -> Any:
+def to_codes(x: tl.tensor, scale: tl.tensor, offset: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     """Codes of float32 values with the scale and offset (broadcastable to ``x``) that will restore them."""
     divisor = tl.where(scale == 0, 1.0, scale) + tl.zeros_like(x)
+    # A compile-time choice has one exit: what follows a return would be compiled too.
     if FORMAT == FP8:
-        return encode_e4m3(tl.div_rn(x, divisor))
-    if FORMAT == INT8:
-        steps = round_even(tl.minimum(tl.maximum(tl.div_rn(x, divisor), -127.0), 127.0))
-        return steps.to(tl.int8)
-    most = 15.0 if FORMAT == INT4 else 255.0
-    steps = round_even(tl.minimum(tl.maximum(tl.div_rn(x - offset, divisor), 0.0), most))
-    return steps.to(tl.uint8)
+        codes = encode_e4m3(tl.div_rn(x, divisor))
+    elif FORMAT == INT8:
+        codes = round_even(tl.minimum(tl.maximum(tl.div_rn(x, divisor), -127.0), 127.0)).to(tl.int8)
+    elif FORMAT == INT4:
+        codes = round_even(tl.minimum(tl.maximum(tl.div_rn(x - offset, divisor), 0.0), 15.0)).to(tl.uint8)
+    else:
+        codes = round_even(tl.minimum(tl.maximum(tl.div_rn(x - offset, divisor), 0.0), 255.0)).to(tl.uint8)
+    return codes
 
 
 @kernel
 def store_rows(
-    base: Any,
-    rows: Any,
-    first: Any,
-    second: Any,
-    live: Any,
-    keep: Any,
+    base: tl.tensor,
+    rows: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    live: tl.tensor,
+    keep: tl.tensor,
     HALF: tl.constexpr,
     P: tl.constexpr,
     FORMAT: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Write codes (or plain values) of both halves of rows of channels; INT4 shares a byte between the halves.
 
     Args:
@@ -146,8 +151,14 @@ def store_rows(
 
 @kernel
 def load_rows(
-    base: Any, rows: Any, keep: Any, D: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr, OUT: tl.constexpr
-) -> Any:
+    base: tl.tensor,
+    rows: tl.tensor,
+    keep: tl.tensor,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OUT: tl.constexpr,
+) -> tl.tensor:
     """Codes (or plain values) of rows of channels as numbers of type ``OUT``, not scaled yet.
 
     Args:
@@ -167,11 +178,13 @@ def load_rows(
     if FORMAT == INT4:
         # Both nibbles of a byte are read from one address; the second read is a cache hit.
         byte = tl.load(base + rows[:, None] + (lane % (D // 2))[None, :], mask=mask, other=0)
-        nibble = (byte.to(tl.int32) >> tl.where(lane < D // 2, 0, 4)[None, :]) & 15
-        return nibble.to(tl.float32).to(OUT)
-    codes = tl.load(base + rows[:, None] + lane[None, :], mask=mask, other=0)
-    if FORMAT == FP8:
-        return decode_e4m3(codes).to(OUT)
-    if FORMAT == PLAIN:
-        return codes.to(OUT)
-    return codes.to(tl.float32).to(OUT)
+        numbers = ((byte.to(tl.int32) >> tl.where(lane < D // 2, 0, 4)[None, :]) & 15).to(tl.float32)
+    else:
+        codes = tl.load(base + rows[:, None] + lane[None, :], mask=mask, other=0)
+        if FORMAT == FP8:
+            numbers = decode_e4m3(codes)
+        elif FORMAT == PLAIN:
+            numbers = codes
+        else:
+            numbers = codes.to(tl.float32)
+    return numbers.to(OUT)

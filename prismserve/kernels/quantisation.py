@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -36,14 +36,14 @@ _CODES: Final = {
 
 @kernel
 def _rows_kernel(
-    x: Any,
-    codes: Any,
-    scale: Any,
-    offset: Any,
-    rows: Any,
-    heads: Any,
-    stride_t: Any,
-    stride_h: Any,
+    x: tl.tensor,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    offset: tl.tensor,
+    rows: tl.tensor,
+    heads: tl.tensor,
+    stride_t: tl.tensor,
+    stride_h: tl.tensor,
     D: tl.constexpr,
     P: tl.constexpr,
     ROWS: tl.constexpr,
@@ -84,15 +84,15 @@ def _rows_kernel(
 
 @kernel
 def _channels_kernel(
-    x: Any,
-    codes: Any,
-    scale: Any,
-    offset: Any,
-    tokens: Any,
-    heads: Any,
-    group_tokens: Any,
-    stride_t: Any,
-    stride_h: Any,
+    x: tl.tensor,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    offset: tl.tensor,
+    tokens: tl.tensor,
+    heads: tl.tensor,
+    group_tokens: tl.tensor,
+    stride_t: tl.tensor,
+    stride_h: tl.tensor,
     D: tl.constexpr,
     P: tl.constexpr,
     ROWS: tl.constexpr,
@@ -144,13 +144,13 @@ def _channels_kernel(
 
 @kernel
 def _restore_kernel(
-    codes: Any,
-    scale: Any,
-    offset: Any,
-    out: Any,
-    rows: Any,
-    heads: Any,
-    group_tokens: Any,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    offset: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    heads: tl.tensor,
+    group_tokens: tl.tensor,
     D: tl.constexpr,
     P: tl.constexpr,
     ROWS: tl.constexpr,

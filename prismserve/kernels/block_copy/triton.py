@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -16,13 +16,13 @@ _BLOCK: Final = 2048
 
 @kernel
 def _copy_kernel(
-    pool: Any,
-    groups: Any,
-    blocks: Any,
-    stride_group: Any,
-    stride_piece: Any,
-    pieces: Any,
-    length: Any,
+    pool: tl.tensor,
+    groups: tl.tensor,
+    blocks: tl.tensor,
+    stride_group: tl.tensor,
+    stride_piece: tl.tensor,
+    pieces: tl.tensor,
+    length: tl.tensor,
     BLOCK: tl.constexpr,
     SCATTER: tl.constexpr,
 ) -> None:

@@ -12,8 +12,8 @@ E4M3_MAX = 448.0
 def quantise_per_token(x: torch.Tensor, *, scale_dtype: torch.dtype = torch.float32) -> Quantised:
     """Scale every (token, head) so that its greatest magnitude is 448, and round to e4m3.
 
-    The relative error of a value is at most 1/16 while it is above 2^-6 of the scaled range's unit; smaller values are
-    off by at most ``scale * 2^-10``.
+    The relative error of a value is at most 1/16 while its magnitude is at least ``scale * 2^-6``; smaller values are off
+    by at most ``scale * 2^-10``.
 
     Args:
         x: [T, H, d] floating point; T may be 0.

@@ -6,7 +6,7 @@ is the same kernel without keys.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton.language as tl
@@ -43,7 +43,9 @@ def scales(layer: LayerKV) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @kernel
-def _turn(first: Any, second: Any, cos: Any, sin: Any, half: Any, live: Any) -> Any:
+def _turn(
+    first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor, half: tl.tensor, live: tl.tensor
+) -> tl.tensor:
     """Both halves of a head rotated, in float32; the angles' second half repeats the first."""
     cosine = tl.load(cos + half, mask=live, other=0.0)
     sine = tl.load(sin + half, mask=live, other=0.0)
@@ -52,14 +54,14 @@ def _turn(first: Any, second: Any, cos: Any, sin: Any, half: Any, live: Any) -> 
 
 @kernel
 def _write_row(
-    first: Any,
-    second: Any,
-    live: Any,
-    base: Any,
-    row: Any,
-    scale: Any,
-    offset: Any,
-    scale_row: Any,
+    first: tl.tensor,
+    second: tl.tensor,
+    live: tl.tensor,
+    base: tl.tensor,
+    row: tl.tensor,
+    scale: tl.tensor,
+    offset: tl.tensor,
+    scale_row: tl.tensor,
     HALF: tl.constexpr,
     P: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -85,31 +87,31 @@ def _write_row(
 
 @kernel
 def _write_kernel(
-    q: Any,
-    k: Any,
-    v: Any,
-    cos: Any,
-    sin: Any,
-    out: Any,
-    keys: Any,
-    values: Any,
-    key_scale: Any,
-    value_scale: Any,
-    key_offset: Any,
-    value_offset: Any,
-    slots: Any,
-    heads: Any,
-    stride_q: Any,
-    stride_qh: Any,
-    stride_k: Any,
-    stride_kh: Any,
-    stride_v: Any,
-    stride_vh: Any,
-    stride_group: Any,
-    stride_slot: Any,
-    stride_head: Any,
-    stride_scale_group: Any,
-    stride_scale_slot: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    out: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    key_scale: tl.tensor,
+    value_scale: tl.tensor,
+    key_offset: tl.tensor,
+    value_offset: tl.tensor,
+    slots: tl.tensor,
+    heads: tl.tensor,
+    stride_q: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_k: tl.tensor,
+    stride_kh: tl.tensor,
+    stride_v: tl.tensor,
+    stride_vh: tl.tensor,
+    stride_group: tl.tensor,
+    stride_slot: tl.tensor,
+    stride_head: tl.tensor,
+    stride_scale_group: tl.tensor,
+    stride_scale_slot: tl.tensor,
     BLOCK_TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     P: tl.constexpr,

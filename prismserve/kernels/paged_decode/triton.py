@@ -7,7 +7,7 @@ depends on shapes alone and can be captured in a CUDA graph.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton.language as tl
@@ -26,26 +26,26 @@ _PROGRAMS_PER_PROCESSOR: Final = 4
 
 @kernel
 def _decode_kernel(
-    q: Any,
-    keys: Any,
-    values: Any,
-    key_scale: Any,
-    value_scale: Any,
-    key_offset: Any,
-    value_offset: Any,
-    tables: Any,
-    kv_lens: Any,
-    out: Any,
-    lse: Any,
-    scale_log2: Any,
-    stride_q: Any,
-    stride_qh: Any,
-    stride_group: Any,
-    stride_slot: Any,
-    stride_head: Any,
-    stride_scale_group: Any,
-    stride_scale_slot: Any,
-    stride_table: Any,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    key_scale: tl.tensor,
+    value_scale: tl.tensor,
+    key_offset: tl.tensor,
+    value_offset: tl.tensor,
+    tables: tl.tensor,
+    kv_lens: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    scale_log2: tl.tensor,
+    stride_q: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_group: tl.tensor,
+    stride_slot: tl.tensor,
+    stride_head: tl.tensor,
+    stride_scale_group: tl.tensor,
+    stride_scale_slot: tl.tensor,
+    stride_table: tl.tensor,
     HEADS: tl.constexpr,
     REP: tl.constexpr,
     D: tl.constexpr,
@@ -93,7 +93,13 @@ def _decode_kernel(
 
 @kernel
 def _merge_kernel(
-    parts: Any, part_lse: Any, out: Any, lse: Any, D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr
+    parts: tl.tensor,
+    part_lse: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    SPLITS: tl.constexpr,
 ) -> None:
     """Merge the parts of one (sequence, head); SPLITS is a power of two."""
     row = tl.program_id(0).to(tl.int64)

@@ -6,7 +6,7 @@ them. Slots that every row of the tile sees are attended without a mask.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -23,28 +23,28 @@ _LOG2_E: Final = 1.4426950408889634
 
 @kernel
 def _prefill_kernel(
-    q: Any,
-    keys: Any,
-    values: Any,
-    key_scale: Any,
-    value_scale: Any,
-    key_offset: Any,
-    value_offset: Any,
-    tables: Any,
-    q_starts: Any,
-    q_lens: Any,
-    kv_lens: Any,
-    out: Any,
-    lse: Any,
-    scale_log2: Any,
-    stride_q: Any,
-    stride_qh: Any,
-    stride_group: Any,
-    stride_slot: Any,
-    stride_head: Any,
-    stride_scale_group: Any,
-    stride_scale_slot: Any,
-    stride_table: Any,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    key_scale: tl.tensor,
+    value_scale: tl.tensor,
+    key_offset: tl.tensor,
+    value_offset: tl.tensor,
+    tables: tl.tensor,
+    q_starts: tl.tensor,
+    q_lens: tl.tensor,
+    kv_lens: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    scale_log2: tl.tensor,
+    stride_q: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_group: tl.tensor,
+    stride_slot: tl.tensor,
+    stride_head: tl.tensor,
+    stride_scale_group: tl.tensor,
+    stride_scale_slot: tl.tensor,
+    stride_table: tl.tensor,
     HEADS: tl.constexpr,
     REP: tl.constexpr,
     D: tl.constexpr,
@@ -116,12 +116,19 @@ def _prefill_kernel(
         tl.store(lse + target, log_sum, mask=exists)
 
 
-def _tile(padded: int, element_bytes: int, pairs: int) -> tuple[int, int, int]:
-    """Rows and slots of a tile, and warps; small heads and float32 fit larger and smaller tiles."""
+def _tile(padded: int, element_bytes: int, pairs: int, *, plain: bool) -> tuple[int, int, int]:
+    """Rows and slots of a tile, and warps; what needs more registers or shared memory gets smaller tiles or more warps.
+
+    Args:
+        padded: channels, padded.
+        element_bytes: of the queries.
+        pairs: rows that the longest sequence needs.
+        plain: the cache is not quantised.
+    """
     if element_bytes > 2 or padded > 128:
         rows, slots, warps = 64, 32, 4
     else:
-        rows, slots, warps = 128, 64, 8 if padded == 128 else 4
+        rows, slots, warps = 128, 64, 8 if padded == 128 or not plain else 4
     return min(rows, power_of_two(pairs, 16)), slots, warps
 
 
@@ -145,7 +152,9 @@ def paged_prefill(
     if sequences == 0 or batch.q_len_max == 0:
         return out, lse
     padded = power_of_two(channels, 16)
-    tile_rows, tile_slots, warps = _tile(padded, q.element_size(), batch.q_len_max * repeats)
+    tile_rows, tile_slots, warps = _tile(
+        padded, q.element_size(), batch.q_len_max * repeats, plain=isinstance(layer, torch.Tensor)
+    )
     _prefill_kernel[(triton.cdiv(batch.q_len_max * repeats, tile_rows), kv_heads, sequences)](
         q,
         codes[:, 0],

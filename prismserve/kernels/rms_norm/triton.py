@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton.language as tl
@@ -15,14 +15,14 @@ _REGISTERS_MAX: Final = 16384
 
 @kernel
 def _norm_kernel(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    out: Any,
-    total: Any,
-    stride: Any,
-    stride_residual: Any,
-    eps: Any,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    total: tl.tensor,
+    stride: tl.tensor,
+    stride_residual: tl.tensor,
+    eps: tl.tensor,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,

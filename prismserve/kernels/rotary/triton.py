@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 
@@ -12,13 +10,13 @@ from prismserve.kernels.device import kernel, power_of_two
 
 @kernel
 def _rotate_kernel(
-    x: Any,
-    cos: Any,
-    sin: Any,
-    out: Any,
-    heads: Any,
-    stride: Any,
-    stride_head: Any,
+    x: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    out: tl.tensor,
+    heads: tl.tensor,
+    stride: tl.tensor,
+    stride_head: tl.tensor,
     HALF: tl.constexpr,
     P: tl.constexpr,
     HEADS: tl.constexpr,

@@ -5,7 +5,7 @@ With a known log-sum-exp the first pass writes probabilities at once.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -24,27 +24,27 @@ _LANES: Final = 1024
 
 @kernel
 def _score_kernel(
-    q: Any,
-    keys: Any,
-    key_scale: Any,
-    key_offset: Any,
-    tables: Any,
-    starts: Any,
-    counts: Any,
-    visible: Any,
-    lse: Any,
-    out: Any,
-    parts: Any,
-    scale: Any,
-    slots: Any,
-    stride_q: Any,
-    stride_qh: Any,
-    stride_group: Any,
-    stride_slot: Any,
-    stride_head: Any,
-    stride_scale_group: Any,
-    stride_scale_slot: Any,
-    stride_table: Any,
+    q: tl.tensor,
+    keys: tl.tensor,
+    key_scale: tl.tensor,
+    key_offset: tl.tensor,
+    tables: tl.tensor,
+    starts: tl.tensor,
+    counts: tl.tensor,
+    visible: tl.tensor,
+    lse: tl.tensor,
+    out: tl.tensor,
+    parts: tl.tensor,
+    scale: tl.tensor,
+    slots: tl.tensor,
+    stride_q: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_group: tl.tensor,
+    stride_slot: tl.tensor,
+    stride_head: tl.tensor,
+    stride_scale_group: tl.tensor,
+    stride_scale_slot: tl.tensor,
+    stride_table: tl.tensor,
     HEADS: tl.constexpr,
     REP: tl.constexpr,
     D: tl.constexpr,
@@ -89,7 +89,13 @@ def _score_kernel(
 
 @kernel
 def _normalise_kernel(
-    out: Any, parts: Any, lse: Any, tiles: Any, slots: Any, TILES: tl.constexpr, LANES: tl.constexpr
+    out: tl.tensor,
+    parts: tl.tensor,
+    lse: tl.tensor,
+    tiles: tl.tensor,
+    slots: tl.tensor,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
 ) -> None:
     """Turn LANES scores of one (row, head) into probabilities; the first program of a row also stores its sum."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton.language as tl
@@ -14,14 +14,16 @@ _LANES_MAX: Final = 4096
 
 
 @kernel
-def _ordered(scores: Any) -> Any:
+def _ordered(scores: tl.tensor) -> tl.tensor:
     """Unsigned integers in the order of float32 scores; both zeros are equal, as they are among floats."""
     bits = (scores + 0.0).to(tl.uint32, bitcast=True)
     return tl.where(bits >> 31 == 0, bits | 0x80000000, ~bits)
 
 
 @kernel
-def _top_k_kernel(scores: Any, indices: Any, tokens: Any, keep: Any, stride: Any, LANES: tl.constexpr) -> None:
+def _top_k_kernel(
+    scores: tl.tensor, indices: tl.tensor, tokens: tl.tensor, keep: tl.tensor, stride: tl.tensor, LANES: tl.constexpr
+) -> None:
     """One row: find the greatest threshold that K scores reach, bit by bit, and list what reaches it in order."""
     row = tl.program_id(0).to(tl.int64)
     source, lane = scores + row * stride, tl.arange(0, LANES)
@@ -58,14 +60,14 @@ def _top_k_kernel(scores: Any, indices: Any, tokens: Any, keep: Any, stride: Any
 
 @kernel
 def _gather_kernel(
-    x: Any,
-    indices: Any,
-    out: Any,
-    keep: Any,
-    heads: Any,
-    width: Any,
-    stride: Any,
-    stride_head: Any,
+    x: tl.tensor,
+    indices: tl.tensor,
+    out: tl.tensor,
+    keep: tl.tensor,
+    heads: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    stride_head: tl.tensor,
     LANES: tl.constexpr,
 ) -> None:
     place, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
