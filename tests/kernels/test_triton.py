@@ -16,9 +16,9 @@ from prismserve.kernels.paged_cache import KVFormat
 from prismserve.kernels.paged_decode.triton import choose_splits
 from tests.kernels import cases
 
-# numpy warns where the interpreter divides or takes a logarithm in lanes that are masked out afterwards, and where
-# it computes what a kernel lets wrap around.
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+# numpy warns where the interpreter divides or takes a logarithm in lanes that are masked out afterwards, and where it
+# computes what a kernel lets wrap around.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (7, 1)])

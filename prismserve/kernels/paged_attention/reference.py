@@ -25,7 +25,7 @@ def _gather(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [B, kv_heads, S, d] of sequences whose blocks lie one after another in ``blocks``."""
     keys, values = (
-        side.view(sequences, -1, *side.shape[2:])[:, :slots].transpose(1, 2)
+        side.reshape(sequences, -1, *side.shape[2:])[:, :slots].transpose(1, 2)
         for side in read_blocks(layer, blocks, dtype)
     )
     return keys, values
