@@ -19,6 +19,11 @@ import torch
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported; kernels are then tested in its interpreter. Ops on CPU tensors still
+    # take their reference unless a test asks for the kernel.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _seeds() -> Iterator[None]:

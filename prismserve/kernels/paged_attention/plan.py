@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from prismserve.kernels.dispatch import use_triton_on
+from prismserve.kernels.paged_prefill.plan import Ragged, plan_ragged
+
 _BUCKET_GROWTH = 2
 
 
@@ -45,12 +48,33 @@ class PrefillSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class RaggedStep:
+    """A step in the form the kernels take.
+
+    Attributes:
+        singles: the sequences with one query row; None if there are none.
+        spans: the sequences with several query rows; None if there are none.
+    """
+
+    singles: Ragged | None
+    spans: Ragged | None
+
+
+@dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """The sequences of one step: plain metadata on the device, valid for every layer with the same tables."""
+    """The sequences of one step: plain metadata on the device, valid for every layer with the same tables.
+
+    Attributes:
+        rows: query rows of all sequences.
+        buckets: single-token queries, for the reference.
+        spans: sequences of several query rows, for the reference.
+        ragged: both, for the kernels; where it is set, ``buckets`` and ``spans`` are empty.
+    """
 
     rows: int
     buckets: tuple[DecodeBucket, ...]
     spans: tuple[PrefillSpan, ...]
+    ragged: RaggedStep | None = None
 
 
 def _check(tables: Sequence[Sequence[int]], q_lens: Sequence[int], kv_lens: Sequence[int], block_tokens: int) -> None:
@@ -88,6 +112,33 @@ def _bucket(members: Sequence[tuple[int, Sequence[int], int]], block_tokens: int
     )
 
 
+def _plan_step(
+    tables: Sequence[Sequence[int]],
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    block_tokens: int,
+    device: torch.device,
+) -> PagedBatch:
+    """The plan for the kernels."""
+    singles: list[int] = []
+    spans: list[int] = []
+    starts: list[int] = []
+    row = 0
+    for index, count in enumerate(q_lens):
+        starts.append(row)
+        row += count
+        if count:
+            (singles if count == 1 else spans).append(index)
+
+    def pick(members: list[int]) -> Ragged | None:
+        if not members:
+            return None
+        first_rows, queries, cached = ([side[index] for index in members] for side in (starts, q_lens, kv_lens))
+        return plan_ragged([tables[index] for index in members], first_rows, queries, cached, block_tokens, device)
+
+    return PagedBatch(row, (), (), RaggedStep(pick(singles), pick(spans)))
+
+
 def plan_batch(
     tables: Sequence[Sequence[int]],
     q_lens: Sequence[int],
@@ -105,13 +156,16 @@ def plan_batch(
         device: where the queries and the cache live.
 
     Returns:
-        A plan for :func:`attend`. Bucketing keeps padding below a factor of two per sequence.
+        A plan for :func:`attend`, in the form of the implementation that will run on ``device``. Bucketing keeps
+        padding below a factor of two per sequence; the kernels need none.
 
     Raises:
         ValueError: lengths disagree, or a table cannot hold its sequence.
     """
     _check(tables, q_lens, kv_lens, block_tokens)
     device = torch.device(device)
+    if use_triton_on(device):
+        return _plan_step(tables, q_lens, kv_lens, block_tokens, device)
     singles: list[tuple[int, Sequence[int], int]] = []
     spans: list[PrefillSpan] = []
     row = 0

@@ -1,0 +1,23 @@
+"""One layer of a paged KV cache, plain or quantised, and writing into it."""
+
+from __future__ import annotations
+
+import torch
+
+from prismserve.kernels.dispatch import use_triton
+from prismserve.kernels.paged_cache import reference
+from prismserve.kernels.paged_cache.layout import KVFormat, LayerKV, QuantisedLayer, new_quantised_layer
+from prismserve.kernels.paged_cache.reference import read_blocks
+
+
+def write_kv(layer: LayerKV, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Store keys and values into cache slots; see :func:`reference.write_kv`."""
+    if use_triton(keys):
+        from prismserve.kernels.paged_cache import triton
+
+        triton.write_kv(layer, slots, keys, values)
+    else:
+        reference.write_kv(layer, slots, keys, values)
+
+
+__all__ = ["KVFormat", "LayerKV", "QuantisedLayer", "new_quantised_layer", "read_blocks", "write_kv"]

@@ -1,0 +1,90 @@
+"""One layer of a paged KV cache, plain or quantised.
+
+A plain layer is a view ``[groups, 2, block_tokens, kv_heads, head_dim]`` (0 keys, 1 values) in the model's dtype; only
+its last axis has to be contiguous. A slot is ``group * block_tokens + offset``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+import torch
+
+
+class KVFormat(Enum):
+    """How a quantised layer stores a row: the channels of one token, head and side (key or value).
+
+    Every row has its own scale, so that a token can be appended without touching others.
+    """
+
+    INT8 = "int8"
+    """Symmetric codes -127..127 as int8."""
+    INT4 = "int4"
+    """Affine codes 0..15, two to a byte as :func:`prismserve.kernels.int4.pack` lays them out."""
+    FP8 = "fp8"
+    """e4m3."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedLayer:
+    """Codes of a layer with what restores them: ``value = codes * scale + offset``.
+
+    Attributes:
+        format: meaning of the codes.
+        codes: [groups, 2, block_tokens, kv_heads, head_dim] int8 or float8_e4m3fn, or [..., head_dim / 2] uint8 (int4).
+        scale: [groups, 2, block_tokens, kv_heads] float16 or float32; the last axis contiguous.
+        offset: as ``scale``, for int4; None otherwise.
+    """
+
+    format: KVFormat
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.codes.shape[-1] * (2 if self.format is KVFormat.INT4 else 1)
+
+
+LayerKV: TypeAlias = torch.Tensor | QuantisedLayer
+"""What attention reads: a plain layer or a quantised one."""
+
+
+def storage(layer: LayerKV) -> torch.Tensor:
+    """The tensor whose first four axes are [groups, 2, block_tokens, kv_heads]."""
+    return layer.codes if isinstance(layer, QuantisedLayer) else layer
+
+
+def head_dim(layer: LayerKV) -> int:
+    """Channels per head of either kind of layer."""
+    return layer.head_dim if isinstance(layer, QuantisedLayer) else layer.shape[-1]
+
+
+def new_quantised_layer(
+    kv_format: KVFormat,
+    shape: tuple[int, int, int, int],
+    *,
+    device: torch.device | str = "cpu",
+    scale_dtype: torch.dtype = torch.float32,
+) -> QuantisedLayer:
+    """A zeroed layer.
+
+    Args:
+        kv_format: how rows are stored.
+        shape: groups, block_tokens, kv_heads, head_dim (even).
+        device: where.
+        scale_dtype: of ``scale`` and ``offset``.
+    """
+    groups, block_tokens, kv_heads, channels = shape
+    rows = (groups, 2, block_tokens, kv_heads)
+    width = channels // 2 if kv_format is KVFormat.INT4 else channels
+    dtype = {KVFormat.INT8: torch.int8, KVFormat.INT4: torch.uint8, KVFormat.FP8: torch.float8_e4m3fn}[kv_format]
+    return QuantisedLayer(
+        kv_format,
+        torch.zeros((*rows, width), device=device, dtype=dtype),
+        torch.zeros(rows, device=device, dtype=scale_dtype),
+        torch.zeros(rows, device=device, dtype=scale_dtype) if kv_format is KVFormat.INT4 else None,
+    )
