@@ -76,6 +76,7 @@ class Engine:
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
             block_tokens=config.block_tokens,
+            position_scheme=decoder.position_scheme,
         )
         free, share = free_memory(model.device)
         groups = plan_kv_groups(config, self.layout, free, self.max_model_len, share=share)

@@ -1,0 +1,221 @@
+"""A small random checkpoint of every family that sees, and what transformers reads it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+
+from tests.models.small import randomise, save
+from tests.models.vocabulary import ID, SIZE, chat_template, small_tokenizer
+
+TEXT = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "vocab_size": SIZE,
+    "max_position_embeddings": 2048,
+    "bos_token_id": ID["<s>"],
+    "eos_token_id": ID["</s>"],
+    "pad_token_id": ID["<pad>"],
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
+
+
+def without_video(processor_class: Any) -> Any:
+    """A processor class that can be made where the libraries for reading video files are absent."""
+    return type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda *_: None})
+
+
+# Spells out numbers of frames in prompts with videos; missing, it would keep the processor from reading images too.
+processing_smolvlm.num2words = str
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A family's smallest checkpoint.
+
+    Attributes:
+        model: transformers' model from a seed.
+        processor: transformers' processor.
+        placeholder: what its chat template writes for an image.
+        hub_key: a current key to the hub's older layout, where there is one.
+    """
+
+    model: Callable[[int], Any]
+    processor: Callable[[], Any]
+    placeholder: str = "<image>"
+    hub_key: Callable[[str], str] | None = None
+
+    def save(self, directory: Path, seed: int = 0, *, older: bool = False, shards: int = 1) -> Any:
+        """Write the checkpoint; returns transformers' model."""
+        model, processor = self.model(seed), self.processor()
+        rename = self.hub_key if older and self.hub_key is not None else (lambda key: key)
+        save(model, directory, rename, shards)
+        processor.tokenizer.save_pretrained(directory)
+        processor.image_processor.save_pretrained(directory)
+        (directory / "chat_template.jinja").write_text(chat_template(self.placeholder))
+        return model
+
+
+def _model(model_class: Any, config: Any) -> Callable[[int], Any]:
+    return lambda seed: randomise(model_class(config()), seed)
+
+
+def _llava_key(key: str) -> str:
+    key = key.removeprefix("model.")
+    key = key.replace("vision_tower.", "vision_tower.vision_model.", 1) if key.startswith("vision_tower.") else key
+    if key.startswith("language_model."):
+        return key.replace("language_model.", "language_model.model.", 1)
+    return f"language_model.{key}" if key.startswith("lm_head") else key
+
+
+def _llava_config() -> LlavaConfig:
+    vision, text = CLIPVisionConfig(**VISION), LlamaConfig(**TEXT)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=ID["<image>"])
+
+
+def _llava_processor() -> LlavaProcessor:
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return LlavaProcessor(
+        images, small_tokenizer(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def _next_config() -> LlavaNextConfig:
+    vision, text = CLIPVisionConfig(**VISION), LlamaConfig(**TEXT)
+    return LlavaNextConfig(
+        vision_config=vision, text_config=text, image_token_id=ID["<image>"], image_grid_pinpoints=PINPOINTS
+    )
+
+
+def _next_processor() -> LlavaNextProcessor:
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
+    )
+    return LlavaNextProcessor(
+        images, small_tokenizer(), patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def _onevision_config() -> LlavaOnevisionConfig:
+    vision, text = SiglipVisionConfig(**VISION, vision_use_head=False), Qwen2Config(**TEXT)
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=ID["<image>"],
+        video_token_id=ID["<video>"],
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio="anyres_max_2",
+        tie_word_embeddings=False,
+    )
+
+
+def _onevision_processor() -> LlavaOnevisionProcessor:
+    images = LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS)
+    return without_video(LlavaOnevisionProcessor)(
+        images,
+        small_tokenizer(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+    )
+
+
+def _idefics_config(kind: Any = Idefics3Config) -> Any:
+    vision = {**VISION, "max_image_size": {"longest_edge": 32}}
+    text = LlamaConfig(**TEXT)
+    return kind(
+        vision_config=vision,
+        text_config=text.to_dict(),
+        image_token_id=ID["<image>"],
+        scale_factor=2,
+        pad_token_id=ID["<pad>"],
+        tie_word_embeddings=False,
+    )
+
+
+def _idefics_processor(kind: Any = Idefics3Processor, images: Any = Idefics3ImageProcessorPil, **extra: Any) -> Any:
+    image_processor = images(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    return kind(image_processor, small_tokenizer(), image_seq_len=4, **extra)
+
+
+def _internvl_config() -> InternVLConfig:
+    vision = {**VISION, "image_size": [32, 32], "patch_size": [8, 8], "model_type": "internvl_vision"}
+    return InternVLConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**TEXT).to_dict(),
+        image_token_id=ID["<IMG_CONTEXT>"],
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+
+
+def _internvl_processor() -> InternVLProcessor:
+    images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, min_patches=1, max_patches=4)
+    return without_video(InternVLProcessor)(images, small_tokenizer("<IMG_CONTEXT>"), image_seq_length=4)
+
+
+SPECIMENS = {
+    "llava": Specimen(_model(LlavaForConditionalGeneration, _llava_config), _llava_processor, hub_key=_llava_key),
+    "llava_next": Specimen(
+        _model(LlavaNextForConditionalGeneration, _next_config), _next_processor, hub_key=_llava_key
+    ),
+    "llava_onevision": Specimen(
+        _model(LlavaOnevisionForConditionalGeneration, _onevision_config), _onevision_processor, hub_key=_llava_key
+    ),
+    "idefics3": Specimen(_model(Idefics3ForConditionalGeneration, _idefics_config), _idefics_processor),
+    "smolvlm": Specimen(
+        _model(SmolVLMForConditionalGeneration, lambda: _idefics_config(SmolVLMConfig)),
+        lambda: _idefics_processor(without_video(SmolVLMProcessor), SmolVLMImageProcessorPil, video_processor=None),
+    ),
+    "internvl": Specimen(
+        _model(InternVLForConditionalGeneration, _internvl_config),
+        _internvl_processor,
+        "<IMG_CONTEXT>",
+        hub_key=_llava_key,
+    ),
+}
