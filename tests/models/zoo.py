@@ -20,7 +20,13 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -35,6 +41,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
@@ -199,6 +209,67 @@ def _internvl_processor() -> InternVLProcessor:
     return without_video(InternVLProcessor)(images, small_tokenizer("<IMG_CONTEXT>"), image_seq_length=4)
 
 
+def _qwen_key(key: str) -> str:
+    return key.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
+
+
+def _qwen_config(kind: Any, rope: dict[str, Any], **vision: Any) -> Any:
+    text = {**TEXT, "head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope}}
+    return kind(
+        vision_config={"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
+        text_config=text,
+        image_token_id=ID["<|image_pad|>"],
+        video_token_id=ID["<|video_pad|>"],
+        vision_start_token_id=ID["<|vision_start|>"],
+        vision_end_token_id=ID["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen2_vl_config() -> Qwen2VLConfig:
+    return _qwen_config(
+        Qwen2VLConfig, {"mrope_section": [2, 3, 1]}, depth=2, embed_dim=32, hidden_size=48, num_heads=4, mlp_ratio=2
+    )
+
+
+def _qwen2_5_vl_config() -> Qwen2_5_VLConfig:
+    return _qwen_config(
+        Qwen2_5_VLConfig,
+        {"mrope_section": [2, 2, 2]},
+        depth=3,
+        hidden_size=32,
+        intermediate_size=40,
+        out_hidden_size=48,
+        num_heads=4,
+        window_size=32,
+        fullatt_block_indexes=[1],
+        tokens_per_second=2,
+    )
+
+
+def _qwen3_vl_config() -> Qwen3VLConfig:
+    return _qwen_config(
+        Qwen3VLConfig,
+        {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
+        depth=3,
+        hidden_size=32,
+        intermediate_size=40,
+        out_hidden_size=48,
+        num_heads=4,
+        num_position_embeddings=36,
+        deepstack_visual_indexes=[0, 2],
+    )
+
+
+def _qwen_processor(kind: Any) -> Any:
+    images = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16 * 4, "longest_edge": 16 * 16 * 25}
+    )
+    return without_video(kind)(images, small_tokenizer("<|image_pad|>", video_token="<|video_pad|>"))
+
+
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
 SPECIMENS = {
     "llava": Specimen(_model(LlavaForConditionalGeneration, _llava_config), _llava_processor, hub_key=_llava_key),
     "llava_next": Specimen(
@@ -217,5 +288,22 @@ SPECIMENS = {
         _internvl_processor,
         "<IMG_CONTEXT>",
         hub_key=_llava_key,
+    ),
+    "qwen2_vl": Specimen(
+        _model(Qwen2VLForConditionalGeneration, _qwen2_vl_config),
+        lambda: _qwen_processor(Qwen2VLProcessor),
+        _QWEN_IMAGE,
+        hub_key=_qwen_key,
+    ),
+    "qwen2_5_vl": Specimen(
+        _model(Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl_config),
+        lambda: _qwen_processor(Qwen2_5_VLProcessor),
+        _QWEN_IMAGE,
+        hub_key=_qwen_key,
+    ),
+    "qwen3_vl": Specimen(
+        _model(Qwen3VLForConditionalGeneration, _qwen3_vl_config),
+        lambda: _qwen_processor(Qwen3VLProcessor),
+        _QWEN_IMAGE,
     ),
 }
