@@ -149,7 +149,6 @@ class MediaSegment:
         raw_tokens: cache slots it would take without compression.
         position_span: how far the position of what follows lies behind its first; None where every raw token has a
             position of its own (survivors keep theirs).
-        position_reach: one more than its highest position, counted from its first; None where that is the span.
     """
 
     media_index: int
@@ -157,7 +156,6 @@ class MediaSegment:
     tokens: int
     raw_tokens: int
     position_span: int | None = None
-    position_reach: int | None = None
 
     @property
     def positions(self) -> int:
@@ -186,13 +184,8 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Position of the first generated token: one more than the highest of the prompt."""
-        position = reach = 0
-        for segment in self.segments:
-            if isinstance(segment, MediaSegment) and segment.position_reach is not None:
-                reach = max(reach, position + segment.position_reach)
-            position += segment.positions
-        return max(position, reach)
+        """Position of the first generated token: one more than the last of the prompt."""
+        return sum(s.positions for s in self.segments)
 
     @property
     def visual_tokens(self) -> int:

@@ -30,7 +30,6 @@ class ImageLayout:
         positions: [3, tokens] int64 time, row and column of every slot, counted from the image's first position; None
             where every slot has a position of its own.
         position_span: how far the position of what follows lies behind the first; None as above.
-        position_reach: one more than the highest position; None where that is the span.
     """
 
     tokens: int
@@ -38,7 +37,6 @@ class ImageLayout:
     ids: tuple[int, ...] | None = None
     positions: torch.Tensor | None = None
     position_span: int | None = None
-    position_reach: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,6 @@ class ImageShape:
         grid: (rows, columns) of the tokens of such an image.
         reducible: what a method that reduces visual tokens may ask of the encoder (``cls_attention``,
             ``encoder_keys``); None where no method may act, because tokens have structure among them that would break.
-        video_token_id: as ``image_token_id``, for videos; None for a family that takes none.
     """
 
     image_token_id: int
@@ -100,7 +97,6 @@ class ImageShape:
     width_px: int
     grid: tuple[int, int]
     reducible: frozenset[str] | None = None
-    video_token_id: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -171,11 +167,13 @@ class ImageRecipe(Protocol):
 
     Attributes:
         placeholder_id: the token a chat template writes for an image.
-        before: text that stands before the image wherever the template writes that token.
+        image_token_id: what fills the slots of an image.
+        before: text that stands before the image wherever the template writes the placeholder.
         after: text that stands after it.
     """
 
     placeholder_id: int
+    image_token_id: int
     before: str
     after: str
 

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from prismserve.models.base import ImageShape, ImageTools
 
 
-def grid_positions(times: int, rows: int, columns: int, interval: float = 1.0) -> torch.Tensor:
-    """[3, times * rows * columns] int64 time, row and column, the time components ``interval`` apart, rounded down."""
-    time = (torch.arange(times) * interval).long()
-    grid = torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")
+def grid_positions(rows: int, columns: int) -> torch.Tensor:
+    """[3, rows * columns] int64 time, row and column of a picture's tokens in raster order; its time is 0."""
+    grid = torch.meshgrid(torch.arange(1), torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack(grid).reshape(3, -1)
 
 
@@ -42,7 +41,7 @@ class MergedGrid(Recipe):
         height, width = smart_resize(height_px, width_px, unit, **limits)
         rows, columns = height // unit, width // unit
         return ImageLayout(
-            rows * columns, (rows, columns), positions=grid_positions(1, rows, columns), position_span=max(rows, columns)
+            rows * columns, (rows, columns), positions=grid_positions(rows, columns), position_span=max(rows, columns)
         )
 
     def tensors(self, image: Image.Image, *, alone: bool) -> Mapping[str, torch.Tensor]:  # noqa: ARG002

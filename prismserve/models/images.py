@@ -78,7 +78,7 @@ class Recipe:
         """Read images of ``shape`` with what ``tools`` gives."""
         self.shape = shape
         self.tools = tools
-        self.placeholder_id = shape.image_token_id
+        self.placeholder_id = self.image_token_id = shape.image_token_id
 
     def splits(self) -> bool:
         """Whether an image that is alone is treated differently from one among others: no."""

@@ -122,12 +122,19 @@ class Processor:
             raise InvalidRequestError(message, field="messages")
         return self._checkpoint.family.images(self._checkpoint.config, self._image, self._tools)
 
+    @functools.cached_property
+    def _framing(self) -> tuple[str, str]:
+        """What a template writes for an image, and what is tokenized there: the image token in the family's frame."""
+        recipe = self._recipe
+        image = self._tools.token_text(recipe.image_token_id)
+        return self._tools.token_text(recipe.placeholder_id), f"{recipe.before}{image}{recipe.after}"
+
     def _placeholders(self) -> frozenset[str]:
         """Spellings of the tokens that stand for images, in the token ids or in a template."""
         if self._image is None:
             return frozenset()
-        ids = (self._image.image_token_id, self._image.video_token_id, self._recipe.placeholder_id)
-        return frozenset(self._tools.token_text(token_id) for token_id in ids if token_id is not None)
+        ids = (self._image.image_token_id, self._recipe.placeholder_id)
+        return frozenset(self._tools.token_text(token_id) for token_id in ids)
 
     def image_layout(self, width_px: int, height_px: int, *, images: int = 1) -> ImageLayout:
         """What an image of this size takes up in the decoder, before compression.
@@ -205,17 +212,15 @@ class Processor:
             message = "this model reads text only; remove the images"
             raise InvalidRequestError(message, field="messages")
         rendered = self._render(messages)
-        if slots and (self._recipe.before or self._recipe.after):
-            written = self._tools.token_text(self._recipe.placeholder_id)
-            rendered = rendered.replace(written, f"{self._recipe.before}{written}{self._recipe.after}")
+        if slots:
+            rendered = rendered.replace(*self._framing)
         ids = self._guarded.encode_rendered(rendered, add_special_tokens=self._adds_special_tokens(rendered))
-        placeholder = self._recipe.placeholder_id if self._image else None
-        placed = ids.count(placeholder) if placeholder is not None else 0
+        placed = ids.count(self.image_token_id) if self.image_token_id is not None else 0
         if placed != len(slots):
             message = f"the model's chat template places {placed} of {len(slots)} images; put images in user messages"
             raise InvalidRequestError(message, field="messages")
         remaining = iter(slots)
-        return [next(remaining) if token_id == placeholder else token_id for token_id in ids]
+        return [next(remaining) if token_id == self.image_token_id else token_id for token_id in ids]
 
     def _adds_special_tokens(self, rendered: str) -> bool:
         """Whether the tokenizer's own BOS and EOS go around a rendered chat, as transformers decides it.

@@ -103,9 +103,7 @@ class SeeingModel(CausalModel):
 
     def visual_slots(self, ids: Sequence[int]) -> list[bool]:
         """Which slots hold visual tokens rather than text."""
-        image = self.shape.image
-        tokens = {image.image_token_id, image.video_token_id} if image else set()
-        return [token in tokens for token in ids]
+        return [token == self.image_token_id for token in ids]
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Nothing to do: the encoder's own merger or projector ran with it."""

@@ -110,7 +110,6 @@ def _segment_to_proto(segment: Segment) -> pb.Segment:
         tokens=segment.tokens,
         raw_tokens=segment.raw_tokens,
         position_span=segment.position_span,
-        position_reach=segment.position_reach,
     )
 
 
@@ -122,7 +121,6 @@ def _segment_from_proto(message: pb.Segment) -> Segment:
             message.tokens,
             message.raw_tokens,
             message.position_span if message.HasField("position_span") else None,
-            message.position_reach if message.HasField("position_reach") else None,
         )
     return TextSegment(tuple(message.token_ids))
 

@@ -56,7 +56,7 @@ class CompressionPlan(_message.Message):
     def __init__(self, visual: _Optional[_Union[MethodSpec, _Mapping]] = ..., wire: _Optional[_Union[MethodSpec, _Mapping]] = ..., preset: _Optional[str] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("token_ids", "is_media", "media_index", "key", "tokens", "raw_tokens", "position_span", "position_reach")
+    __slots__ = ("token_ids", "is_media", "media_index", "key", "tokens", "raw_tokens", "position_span")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IS_MEDIA_FIELD_NUMBER: _ClassVar[int]
     MEDIA_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -64,7 +64,6 @@ class Segment(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     RAW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     POSITION_SPAN_FIELD_NUMBER: _ClassVar[int]
-    POSITION_REACH_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     is_media: bool
     media_index: int
@@ -72,8 +71,7 @@ class Segment(_message.Message):
     tokens: int
     raw_tokens: int
     position_span: int
-    position_reach: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., is_media: _Optional[bool] = ..., media_index: _Optional[int] = ..., key: _Optional[bytes] = ..., tokens: _Optional[int] = ..., raw_tokens: _Optional[int] = ..., position_span: _Optional[int] = ..., position_reach: _Optional[int] = ...) -> None: ...
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., is_media: _Optional[bool] = ..., media_index: _Optional[int] = ..., key: _Optional[bytes] = ..., tokens: _Optional[int] = ..., raw_tokens: _Optional[int] = ..., position_span: _Optional[int] = ...) -> None: ...
 
 class MediaInput(_message.Message):
     __slots__ = ("data", "pixel_hash", "width_px", "height_px")

@@ -243,7 +243,7 @@ class RequestBuilder:
         fingerprint = self._processor.image_fingerprint(images)
         key = image_key(item.pixel_hash, fingerprint, self._facts.encoder_fingerprint, visual)
         kept = loader.kept_tokens(plan.visual, layout.tokens)
-        return MediaSegment(index, key, kept, layout.tokens, layout.position_span, layout.position_reach)
+        return MediaSegment(index, key, kept, layout.tokens, layout.position_span)
 
     def _refuse_placeholder(self, ids: Sequence[int]) -> None:
         placeholder = self._processor.image_token_id

@@ -93,7 +93,7 @@ class Ours:
         kept = method.kept_tokens(method.Config(**values), layout.tokens)
         fingerprint = self.processor.image_fingerprint(images)
         key = image_key(entry.pixel_hash, fingerprint, self.model.encoder_fingerprint, visual.visual.fingerprint())
-        return MediaSegment(index, key, kept, layout.tokens, layout.position_span, layout.position_reach)
+        return MediaSegment(index, key, kept, layout.tokens, layout.position_span)
 
     def run(self, requests: Sequence[Request], **config: Any) -> dict[str, list[int]]:
         """Greedy tokens of each request, all submitted at once; logits of every step into ``logits``."""
@@ -136,11 +136,15 @@ class Theirs:
         self.model = model
         self.processor = specimen.processor()
         self.placeholder = specimen.placeholder
+        self.sees = specimen.sees
+        self.cases = {name: case for name, case in CASES.items() if specimen.sees or not case.images}
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """What the model takes: transformers' own reading of the rendered chat."""
         images = self.placeholder * len(case.images)
         text = f"<|im_start|>user\n{images}{case.question}<|im_end|>\n<|im_start|>assistant"
+        if not self.sees:
+            return dict(self.processor.tokenizer(text, return_tensors="pt"))
         return dict(
             self.processor(images=[list(case.images)] if case.images else None, text=[text], return_tensors="pt")
         )

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -59,6 +60,15 @@ TEXT_CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
     "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=16),
     "qwen2-window": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=11,
+        sliding_window_pattern=2,
+        final_logit_softcapping=3.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2),
     "qwen2-moe": lambda: Qwen2MoeConfig(
         **SIZES, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=40

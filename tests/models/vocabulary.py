@@ -57,6 +57,11 @@ def small_tokenizer(image_token: str = "<image>", **named: str) -> PreTrainedTok
     )
 
 
+TEXT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant"
+)
+
+
 def chat_template(image: str) -> str:
     """Turns between control tokens, with ``image`` where an image stands."""
     return (

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -20,18 +24,26 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    MistralConfig,
+    MixtralConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -50,7 +62,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from tests.models.small import randomise, save
-from tests.models.vocabulary import ID, SIZE, chat_template, small_tokenizer
+from tests.models.vocabulary import ID, SIZE, TEXT_TEMPLATE, chat_template, small_tokenizer
 
 TEXT = {
     "hidden_size": 48,
@@ -93,12 +105,14 @@ class Specimen:
         processor: transformers' processor.
         placeholder: what its chat template writes for an image.
         hub_key: a current key to the hub's older layout, where there is one.
+        sees: whether it takes images.
     """
 
     model: Callable[[int], Any]
     processor: Callable[[], Any]
     placeholder: str = "<image>"
     hub_key: Callable[[str], str] | None = None
+    sees: bool = True
 
     def save(self, directory: Path, seed: int = 0, *, older: bool = False, shards: int = 1) -> Any:
         """Write the checkpoint; returns transformers' model."""
@@ -106,8 +120,11 @@ class Specimen:
         rename = self.hub_key if older and self.hub_key is not None else (lambda key: key)
         save(model, directory, rename, shards)
         processor.tokenizer.save_pretrained(directory)
-        processor.image_processor.save_pretrained(directory)
-        (directory / "chat_template.jinja").write_text(chat_template(self.placeholder))
+        template = TEXT_TEMPLATE
+        if self.sees:
+            processor.image_processor.save_pretrained(directory)
+            template = chat_template(self.placeholder)
+        (directory / "chat_template.jinja").write_text(template)
         return model
 
 
@@ -263,14 +280,54 @@ def _qwen3_vl_config() -> Qwen3VLConfig:
 
 def _qwen_processor(kind: Any) -> Any:
     images = Qwen2VLImageProcessorPil(
-        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16 * 4, "longest_edge": 16 * 16 * 25}
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 16 * 16 * 4, "longest_edge": 16 * 16 * 25},
     )
     return without_video(kind)(images, small_tokenizer("<|image_pad|>", video_token="<|video_pad|>"))
 
 
+def _gemma_config() -> Gemma3Config:
+    text = {**TEXT, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 13, "sliding_window_pattern": 3}
+    return Gemma3Config(
+        vision_config={**VISION, "vision_use_head": False},
+        text_config=text,
+        image_token_id=ID["<image_soft_token>"],
+        boi_token_index=ID["<start_of_image>"],
+        eoi_token_index=ID["<end_of_image>"],
+        mm_tokens_per_image=4,
+    )
+
+
+def _gemma_processor() -> Gemma3Processor:
+    images = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    return Gemma3Processor(images, small_tokenizer("<image_soft_token>"), image_seq_length=4)
+
+
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
+
+def _text(config: Any, **extra: Any) -> Specimen:
+    def model(seed: int) -> Any:
+        return randomise(AutoModelForCausalLM.from_config(config(**{**TEXT, **extra})), seed)
+
+    return Specimen(model, lambda: SimpleNamespace(tokenizer=small_tokenizer()), sees=False)
+
+
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
 SPECIMENS = {
+    "llama": _text(LlamaConfig),
+    "mistral": _text(MistralConfig, sliding_window=19),
+    "mixtral": _text(MixtralConfig, num_local_experts=5, num_experts_per_tok=2),
+    "qwen2": _text(Qwen2Config, tie_word_embeddings=True),
+    "qwen2_moe": _text(Qwen2MoeConfig, **_EXPERTS, shared_expert_intermediate_size=40, mlp_only_layers=[1]),
+    "qwen3": _text(Qwen3Config, head_dim=16),
+    "qwen3_moe": _text(Qwen3MoeConfig, **_EXPERTS, head_dim=16, norm_topk_prob=True),
+    "gemma3_text": _text(
+        Gemma3TextConfig, head_dim=16, query_pre_attn_scalar=24, sliding_window=13, sliding_window_pattern=3
+    ),
     "llava": Specimen(_model(LlavaForConditionalGeneration, _llava_config), _llava_processor, hub_key=_llava_key),
     "llava_next": Specimen(
         _model(LlavaNextForConditionalGeneration, _next_config), _next_processor, hub_key=_llava_key
@@ -306,4 +363,12 @@ SPECIMENS = {
         lambda: _qwen_processor(Qwen3VLProcessor),
         _QWEN_IMAGE,
     ),
+    "gemma3": Specimen(
+        _model(Gemma3ForConditionalGeneration, _gemma_config),
+        _gemma_processor,
+        "<start_of_image>",
+        hub_key=_llava_key,
+    ),
 }
+
+SEEING = [name for name, specimen in SPECIMENS.items() if specimen.sees]

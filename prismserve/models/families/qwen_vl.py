@@ -53,9 +53,7 @@ class QwenVL:
         side = max(1, _TYPICAL_PX // (vision.patch_size * vision.spatial_merge_size))
         # Tokens stand in one raster and pass through the merger one by one, so a method may choose among them; it gets
         # no look into the encoder, whose attention is between patches before the merger and partly within windows.
-        image = ImageShape(
-            config.image_token_id, _TYPICAL_PX, _TYPICAL_PX, (side, side), frozenset(), config.video_token_id
-        )
+        image = ImageShape(config.image_token_id, _TYPICAL_PX, _TYPICAL_PX, (side, side), frozenset())
         return ModelShape(dataclasses.replace(decoder, deepstack_layers=len(taps)), image)
 
     def rename(self, key: str) -> str:
