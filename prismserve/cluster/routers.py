@@ -98,6 +98,7 @@ class Router:
             kv_heads=info.kv_heads,
             head_dim=info.head_dim,
             block_tokens=settings.engine.block_tokens,
+            position_scheme=info.position_scheme,
         )
         return directory, ModelFacts(
             name=settings.model_name,

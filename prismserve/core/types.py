@@ -157,6 +157,11 @@ class TextSegment:
 
     @property
     def raw_tokens(self) -> int:
+        """Cache slots it would take without compression."""
+        return len(self.token_ids)
+
+    @property
+    def positions(self) -> int:
         """Positions it spans."""
         return len(self.token_ids)
 
@@ -169,13 +174,21 @@ class MediaSegment:
         media_index: which entry of ``Request.media``.
         key: 32 bytes naming the embeddings that fill it: pixel hash, processor, encoder, visual plan.
         tokens: cache slots it takes, after compression.
-        raw_tokens: positions it spans, before compression (survivors keep their positions).
+        raw_tokens: cache slots it would take without compression.
+        position_span: how far the position of what follows lies behind its first; None where every raw token has a
+            position of its own (survivors keep theirs).
     """
 
     media_index: int
     key: bytes
     tokens: int
     raw_tokens: int
+    position_span: int | None = None
+
+    @property
+    def positions(self) -> int:
+        """Positions it spans."""
+        return self.raw_tokens if self.position_span is None else self.position_span
 
 
 Segment: TypeAlias = TextSegment | MediaSegment
@@ -194,8 +207,13 @@ class Prompt:
 
     @property
     def raw_tokens(self) -> int:
-        """Positions the prompt spans; the first generated token has this position."""
+        """Cache slots the prompt would take without compression."""
         return sum(s.raw_tokens for s in self.segments)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first generated token: one more than the last of the prompt."""
+        return sum(s.positions for s in self.segments)
 
     @property
     def visual_tokens(self) -> int:

@@ -10,12 +10,11 @@ from prismserve.core.errors import InvalidRequestError, PrismServeError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    import torch
-
     from prismserve.core.types import MediaInput, MethodSpec
     from prismserve.engine.image_cache import ImageCache
     from prismserve.engine.sequence import ImageSpan, Sequence
     from prismserve.engine.vision import VisionPipeline
+    from prismserve.models.base import ImageInputs
 
 
 @dataclass(slots=True)
@@ -24,7 +23,7 @@ class _Job:
 
     key: bytes
     media: MediaInput
-    pixels: torch.Tensor
+    inputs: ImageInputs
     spec: MethodSpec
     takers: list[Sequence]
 
@@ -84,14 +83,14 @@ class ImageStage:
                 if not 0 <= index < len(media):
                     message = f"image {index} must be encoded, but the request carries {len(media)} images"
                     raise InvalidRequestError(message, field="media", request_id=sequence.request.request_id)
-                pixels = self._pipeline.pixels(media[index], index)
+                inputs = self._pipeline.inputs(media, index)
                 sequence.timings.images_encoded += 1
-                jobs[key] = _Job(key, media[index], pixels, sequence.request.compression.visual, [sequence])
+                jobs[key] = _Job(key, media[index], inputs, sequence.request.compression.visual, [sequence])
 
     def _encode(self, spec: MethodSpec, jobs: list[_Job]) -> list[tuple[Sequence, PrismServeError]]:
         try:
             results = self._pipeline.encode(
-                [job.key for job in jobs], [job.media for job in jobs], [job.pixels for job in jobs], spec
+                [job.key for job in jobs], [job.media for job in jobs], [job.inputs for job in jobs], spec
             )
         except PrismServeError as error:
             return [(taker, error) for job in jobs for taker in job.takers]

@@ -82,6 +82,7 @@ class Engine:
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
             block_tokens=config.block_tokens,
+            position_scheme=decoder.position_scheme,
         )
         free, share = free_memory(model.device)
         if config.kv_cache_bytes is None:
@@ -194,6 +195,10 @@ class Engine:
             EngineError: the request holds no KV here, or an export or import is reading or writing it.
         """
         sequence = self._holder(request_id, attempt)
+        decoder = self._model.decoder.config
+        if decoder.windows or decoder.bidirectional_images:
+            message = "KV of a model with sliding windows or bidirectional images cannot be compacted yet"
+            raise EngineError(message, request_id=request_id)
         if sequence.streamed:
             message = "an export reads this request's KV layer by layer, so it cannot be compacted"
             raise EngineError(message, request_id=request_id)

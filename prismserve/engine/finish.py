@@ -22,7 +22,7 @@ def finish_reason(sequence: Sequence, eos_token_ids: frozenset[int], max_model_l
         token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
     ):
         return FinishReason.STOP
-    if len(sequence.generated) >= params.max_tokens or sequence.next_position >= max_model_len:
+    if len(sequence.generated) >= params.max_tokens or sequence.context_tokens >= max_model_len:
         return FinishReason.LENGTH
     return None
 

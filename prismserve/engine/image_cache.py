@@ -18,9 +18,9 @@ class VisualTokens:
     """One image after encoder, compression and projector.
 
     Attributes:
-        embeds: [k, D] decoder inputs.
-        positions: [k] int64 on the CPU, ascending raster positions within the image.
-        raw_tokens: tokens before compression; positions the image spans.
+        embeds: [k, D * (1 + n)] decoder inputs, followed by what is added to them after each of the first n layers.
+        positions: [k] int64 on the CPU, ascending positions within the image; or [3, k], time, row and column.
+        raw_tokens: tokens before compression.
     """
 
     embeds: torch.Tensor

@@ -9,6 +9,7 @@ import torch
 
 from prismserve.core.errors import EngineError
 from prismserve.engine.attention import PagedAttention
+from prismserve.engine.masking import MaskedAttention
 from prismserve.engine.taps import TappedAttention, tapped
 
 if TYPE_CHECKING:
@@ -59,11 +60,13 @@ class ModelRunner:
         decoder = self._model.decoder
         ids, positions, slots = self._inputs(items)
         x = decoder.embed(ids)
-        self._place_images(x, items)
+        deepstack = self._place_images(x, items)
         attention = self._attention(items, slots)
         rotary = decoder.rotary(positions)
         for layer in range(decoder.config.layers):
             x = decoder.layer(layer, x, rotary, attention)
+            if deepstack is not None and layer < decoder.config.deepstack_layers:
+                x = x.index_add(0, deepstack[0], deepstack[1][layer])
             if layer_done is not None:
                 layer_done(layer)
         rows: list[int] = []
@@ -81,7 +84,7 @@ class ModelRunner:
         if any(item.sequence.ragged is not None for item in items[: len(uniform)]):
             message = "ragged sequences must come last in a batch"
             raise EngineError(message)
-        attention = PagedAttention(
+        attention: AttentionBackend = PagedAttention(
             self._pool,
             [item.sequence.table for item in uniform],
             [item.start for item in uniform],
@@ -89,10 +92,13 @@ class ModelRunner:
             slots,
             [(item.sequence.ragged or (), item.tokens) for item in items[len(uniform) :]],
         )
+        config = self._model.decoder.config
+        if config.windows or config.bidirectional_images:
+            attention = MaskedAttention(attention, config, self._pool, items, slots)
         return TappedAttention(attention, self._pool, items) if tapped(items) else attention
 
     def _inputs(self, items: Sequence[RunItem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids, positions and cache slots, [T] int64 each on the model's device."""
+        """Token ids, positions and cache slots on the model's device: [T] int64 each; positions may be [3, T]."""
         block = self._pool.block_tokens
         pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         decodes: list[tuple[int, int, int]] = []
@@ -107,7 +113,7 @@ class ModelRunner:
             sequence, start = item.sequence, item.start
             element = sequence.slots[start]
             if item.tokens == 1 and start >= sequence.prompt_tokens and isinstance(element, int):
-                position = sequence.request.prompt.raw_tokens + start - sequence.prompt_tokens
+                position = sequence.first_position + start - sequence.prompt_tokens
                 slot = 0 if sequence.ragged is not None else sequence.table[start // block] * block + start % block
                 decodes.append((element, position, slot))
                 continue
@@ -117,7 +123,8 @@ class ModelRunner:
         if len(pieces) == 1:
             ids, positions, slots = pieces[0]
         else:
-            ids, positions, slots = (torch.cat(part) for part in zip(*pieces, strict=True))
+            parts = list(zip(*pieces, strict=True))
+            ids, positions, slots = torch.cat(parts[0]), _joined(parts[1]), torch.cat(parts[2])
         device = self._pool.storage.device
         return ids.to(device), positions.to(device), slots.to(device)
 
@@ -133,13 +140,37 @@ class ModelRunner:
         first = start // block
         table = torch.tensor(sequence.table[first : -(-end // block)], dtype=torch.int64)
         slots = (table[:, None] * block + self._offsets).flatten()[start - first * block :][: item.tokens]
-        return sequence.ids[start:end], sequence.positions[start:end], slots
+        return sequence.ids[start:end], sequence.positions[..., start:end], slots
 
-    def _place_images(self, x: torch.Tensor, items: Sequence[RunItem]) -> None:
-        offset = 0
+    def _place_images(
+        self, x: torch.Tensor, items: Sequence[RunItem]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+        """Put image embeddings into their rows of ``x`` [T, D].
+
+        Returns:
+            For a decoder with ``deepstack_layers``, the rows [n] and per such layer what to add to them [n, D]; None
+            if there is nothing to add.
+        """
+        offset, width = 0, x.shape[1]
+        places: list[torch.Tensor] = []
+        visual: list[torch.Tensor] = []
         for item in items:
             if item.sequence.images and item.start < item.sequence.prompt_tokens:
                 rows, pieces = item.sequence.embeds(item.start, item.start + item.tokens)
                 if rows is not None:
-                    x[(rows + offset).to(x.device)] = torch.cat(pieces).to(x)
+                    places.append(rows + offset)
+                    visual.extend(pieces)
             offset += item.tokens
+        if not places:
+            return None
+        rows, wide = torch.cat(places).to(x.device), torch.cat(visual).to(x)
+        x[rows] = wide[:, :width]
+        layers = wide.shape[1] // width
+        return (rows, wide.view(-1, layers, width).unbind(1)[1:]) if layers > 1 else None
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Positions [T] of all parts, or [3, T] if some have three components; those with one repeat it."""
+    if any(part.dim() > 1 for part in parts):
+        parts = [part if part.dim() > 1 else part.expand(3, -1) for part in parts]
+    return torch.cat(list(parts), dim=-1)

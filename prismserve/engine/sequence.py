@@ -79,7 +79,7 @@ class Sequence:
     layer, and ``table`` only the whole groups that some layer still shares. ``compactions`` were done to the KV held,
     ``replay`` are still to be done to it because it is being computed again. ``swapped`` is the KV of a preempted
     sequence in host memory. What is ``streamed`` is read by an export layer by layer and must not be compacted.
-    ``plain`` requests choose greedily without further options.
+    ``first_position`` is that of the first generated token. ``plain`` requests choose greedily without further options.
     """
 
     order: int
@@ -103,6 +103,7 @@ class Sequence:
     prefix_tokens: int = 0
     images: dict[bytes, VisualTokens] = field(default_factory=dict)
     spans: tuple[ImageSpan, ...] = ()
+    first_position: int = 0
     ids: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     counts: TokenCounts | None = None
@@ -125,7 +126,7 @@ class Sequence:
             if isinstance(segment, MediaSegment):
                 spans.append(ImageSpan(segment, start, position))
             start += segment.tokens
-            position += segment.raw_tokens
+            position += segment.positions
         return cls(
             order=order,
             request=request,
@@ -135,6 +136,7 @@ class Sequence:
             slots=slots,
             keys=block_keys(namespace, slots, block_tokens),
             spans=tuple(spans),
+            first_position=request.prompt.next_position,
             generated=list(request.resume_token_ids),
             plain=is_plain(request.sampling),
         )
@@ -179,6 +181,11 @@ class Sequence:
     @property
     def next_position(self) -> int:
         """Position of the next token to be generated."""
+        return self.first_position + len(self.generated)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of prompt and answer as the model's context counts them, before compression."""
         return self.request.prompt.raw_tokens + len(self.generated)
 
     @property
@@ -217,25 +224,27 @@ class Sequence:
     def prepare_inputs(self) -> None:
         """Build ``ids`` and ``positions`` of all known slots: [length] int64 each.
 
-        Image slots have id 0, and position -1 where the image's embeddings are not held because its slots are cached.
+        Positions are [3, length] where those of an image have three components (time, row, column). Image slots have
+        id 0, and position -1 where the image's embeddings are not held because its slots are cached.
         """
         ids = torch.zeros(self.length, dtype=torch.int64)
-        positions = torch.full((self.length,), -1, dtype=torch.int64)
+        components = any(visual.positions.dim() > 1 for visual in self.images.values())
+        positions = torch.full((3, self.length) if components else (self.length,), -1, dtype=torch.int64)
         start = position = 0
         for segment in self.request.prompt.segments:
             if isinstance(segment, TextSegment):
                 ids[start : start + segment.tokens] = torch.tensor(segment.token_ids, dtype=torch.int64)
-                positions[start : start + segment.tokens] = torch.arange(position, position + segment.tokens)
+                positions[..., start : start + segment.tokens] = torch.arange(position, position + segment.tokens)
             else:
                 visual = self.images.get(segment.key)
                 if visual is not None:
                     self._check_visual(segment, visual)
-                    positions[start : start + segment.tokens] = visual.positions + position
+                    positions[..., start : start + segment.tokens] = visual.positions + position
             start += segment.tokens
-            position += segment.raw_tokens
+            position += segment.positions
         if self.generated:
             ids[start:] = torch.tensor(self.generated, dtype=torch.int64)
-            positions[start:] = torch.arange(position, position + len(self.generated))
+            positions[..., start:] = torch.arange(self.first_position, self.next_position)
         self.ids, self.positions = ids, positions
 
     def reset(self) -> None:
@@ -246,6 +255,21 @@ class Sequence:
         self.cached = self.published = 0
         self.ids = self.positions = None
         self.state = State.WAITING
+
+    def images_within(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """(first, end) slots of the images that overlap [start, end)."""
+        return tuple((span.start, span.end) for span in self.spans if start < span.end and span.start < end)
+
+    def whole_images(self, start: int, tokens: int) -> int:
+        """How many slots from ``start`` on to compute, about ``tokens``, so that no image is cut.
+
+        The chunk ends before an image it would cut, or, where it would be empty, with that image.
+        """
+        end = start + tokens
+        for span in self.spans:
+            if span.start < end < span.end:
+                return span.start - start if span.start > start else span.end - start
+        return tokens
 
     def embeds(self, start: int, end: int) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Image embeddings that fill slots in [start, end).

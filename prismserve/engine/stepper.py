@@ -241,6 +241,8 @@ class Stepper:
                 continue
             self._blocks.grow(sequence)
             tokens = min(chunk.tokens, sequence.computable)
+            if self._model.decoder.config.bidirectional_images:
+                tokens = sequence.whole_images(sequence.cached, tokens)
             items.append(RunItem(sequence, sequence.cached, tokens, samples=tokens == sequence.uncomputed))
         return sorted(items, key=lambda item: item.sequence.ragged is not None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 
 from prismserve.compression.apply import apply_visual
@@ -16,11 +17,9 @@ from prismserve.engine.image_cache import VisualTokens
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
     from prismserve.core.types import MediaInput, MethodSpec
     from prismserve.engine.image_cache import ImageCache
-    from prismserve.models.base import VisionLanguageModel
+    from prismserve.models.base import EncodedImage, ImageInputs, VisionLanguageModel
     from prismserve.models.processing import Processor
 
 _SEED_BYTES = 8
@@ -40,43 +39,51 @@ class VisionPipeline:
         self._cache = cache
         self.encoded = 0
 
-    def pixels(self, media: MediaInput, index: int) -> torch.Tensor:
-        """Decode and preprocess one image; InvalidRequestError if the file does not decode to what was said."""
+    def inputs(self, media: Sequence[MediaInput], index: int) -> ImageInputs:
+        """Decode and preprocess image ``index`` of a request; InvalidRequestError if it is not what was said."""
+        entry = media[index]
         try:
-            with Image.open(io.BytesIO(media.data)) as image:
-                if image.size != (media.width_px, media.height_px):
+            with Image.open(io.BytesIO(entry.data)) as image:
+                if image.size != (entry.width_px, entry.height_px):
                     message = (
                         f"image {index} is {image.width}x{image.height} pixels, "
-                        f"the request says {media.width_px}x{media.height_px}"
+                        f"the request says {entry.width_px}x{entry.height_px}"
                     )
                     raise InvalidRequestError(message, field="media")
                 image.load()
-                return self._processor.preprocess(image)
+                return self._processor.preprocess(image, images=len(media))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             message = f"image {index} cannot be decoded: {error}"
             raise InvalidRequestError(message, field="media") from error
 
     def encode(
-        self, keys: Sequence[bytes], media: Sequence[MediaInput], pixels: Sequence[torch.Tensor], spec: MethodSpec
+        self, keys: Sequence[bytes], media: Sequence[MediaInput], inputs: Sequence[ImageInputs], spec: MethodSpec
     ) -> list[VisualTokens]:
         """Encode, reduce and project a batch of images under one visual method.
 
         Args:
             keys: ``MediaSegment.key`` of each image.
             media: the images, for their seeds.
-            pixels: from :meth:`pixels`.
+            inputs: from :meth:`inputs`.
             spec: normalised visual method.
 
         Returns:
             One entry per image, also put into the cache.
+
+        Raises:
+            InvalidRequestError: the method cannot act on this model's tokens.
         """
-        needs = visual_method(spec.name).needs
-        encoded = self._model.encode_images(pixels, frozenset(str(need) for need in needs))
+        needs = frozenset(str(need) for need in visual_method(spec.name).needs)
+        reducible = self._processor.reducible
+        if spec.name != "none" and (reducible is None or needs - reducible):
+            message = f"visual method {spec.name!r} cannot act on the tokens of this model"
+            raise InvalidRequestError(message, field="compression.visual")
+        encoded = self._model.encode_images(inputs, needs)
         if len(encoded) != len(keys):
             message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
             raise EngineError(message)
         results: list[VisualTokens] = []
-        for key, item, image in zip(keys, media, encoded, strict=True):
+        for key, item, prepared, image in zip(keys, media, inputs, encoded, strict=True):
             features = VisualFeatures(
                 tokens=image.tokens,
                 grid=image.grid,
@@ -85,8 +92,18 @@ class VisionPipeline:
                 keys=image.keys,
             )
             tokens, indices = apply_visual(features, spec)
-            visual = VisualTokens(self._model.project(tokens), indices.cpu(), image.tokens.shape[0])
+            places = indices.cpu()
+            positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
+            embeds = _with_deepstack(self._model.project(tokens), image, indices)
+            visual = VisualTokens(embeds, positions, image.tokens.shape[0])
             self._cache.put(key, visual)
             results.append(visual)
         self.encoded += len(results)
         return results
+
+
+def _with_deepstack(embeds: torch.Tensor, image: EncodedImage, indices: torch.Tensor) -> torch.Tensor:
+    """[k, D * (1 + n)]: decoder inputs, and beside them what is added to the survivors after the first n layers."""
+    if image.deepstack is None:
+        return embeds
+    return torch.cat((embeds, *image.deepstack[:, indices].to(embeds)), dim=1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from prismserve.models.base import EncodedImage, ModelIdentity, ModelShape
+    from prismserve.models.base import EncodedImage, ImageInputs, ModelIdentity, ModelShape
 
 
 class CausalModel(nn.Module):
@@ -33,10 +33,10 @@ class CausalModel(nn.Module):
         self.image_token_id = shape.image.image_token_id if shape.image else None
         self.decoder = Decoder(shape.decoder, device, dtype)
 
-    def encode_images(self, pixels: Sequence[torch.Tensor], needs: frozenset[str]) -> list[EncodedImage]:  # noqa: ARG002
+    def encode_images(self, images: Sequence[ImageInputs], needs: frozenset[str]) -> list[EncodedImage]:  # noqa: ARG002
         """Refuse any image."""
-        if pixels:
-            message = f"this model reads text only; it was given {len(pixels)} images"
+        if images:
+            message = f"this model reads text only; it was given {len(images)} images"
             raise EngineError(message)
         return []
 

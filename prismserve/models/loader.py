@@ -35,7 +35,8 @@ class CheckpointInfo:
         weight_bytes: total size of its shards.
         dtype: dtype most of its weights are stored in, e.g. ``bfloat16``.
         max_model_len: usable context in tokens.
-        image_tokens: visual tokens per image, 0 for a text-only model.
+        image_tokens: visual tokens of an image (of a typical one, where they follow its size), 0 for a text-only model.
+        position_scheme: as in :class:`prismserve.core.types.KVLayout`.
     """
 
     directory: Path
@@ -50,6 +51,7 @@ class CheckpointInfo:
     vocab_size: int
     max_model_len: int
     image_tokens: int
+    position_scheme: str = "rope"
 
     @property
     def supports_images(self) -> bool:
@@ -85,6 +87,7 @@ def inspect_checkpoint(directory: Path | str) -> CheckpointInfo:
         vocab_size=decoder.vocab_size,
         max_model_len=decoder.max_position_embeddings,
         image_tokens=image.tokens if image else 0,
+        position_scheme=decoder.position_scheme,
     )
 
 

@@ -14,15 +14,17 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.hashing import canonical_json, digest
+from prismserve.models.base import ImageInputs
 from prismserve.models.checkpoint import read_checkpoint, read_json
 from prismserve.models.detokenizer import IncrementalDetokenizer
+from prismserve.models.images import CheckpointTools
 from prismserve.models.tokenization import GuardedTokenizer
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+    from prismserve.models.base import ImageLayout, ImageRecipe
     from prismserve.models.checkpoint import Checkpoint
 
 __all__ = ["ChatMessage", "ImageSlot", "IncrementalDetokenizer", "Part", "Processor"]
@@ -56,7 +58,7 @@ class Processor:
     Attributes:
         tokenizer: the checkpoint's own tokenizer.
         eos_token_ids: any of them ends generation.
-        image_token_id: the image placeholder, None for a text-only model.
+        image_token_id: what fills the slots of an image, None for a text-only model.
         max_model_len: usable context in tokens.
         vocab_size: width of the model's logits; may exceed the tokenizer's vocabulary.
         fingerprint: 32 bytes over all that decides which pixels an image becomes, and how many tokens.
@@ -72,11 +74,8 @@ class Processor:
         self.max_model_len = checkpoint.shape.decoder.max_position_embeddings
         self.vocab_size = checkpoint.shape.decoder.vocab_size
         self.image_token_id = self._image.image_token_id if self._image else None
-        placeholder = tokenizer.convert_ids_to_tokens(self._image.image_token_id) if self._image else None
-        if self._image and not isinstance(placeholder, str):
-            message = f"the tokenizer of {checkpoint.directory} has no token {self._image.image_token_id} for images"
-            raise ModelLoadError(message, field="model")
-        self._guarded = GuardedTokenizer(tokenizer, frozenset({placeholder} if isinstance(placeholder, str) else ()))
+        self._tools = CheckpointTools(checkpoint.directory, tokenizer)
+        self._guarded = GuardedTokenizer(tokenizer, self._placeholders())
         self._template = _chat_template(checkpoint.directory, tokenizer)
         self.fingerprint = self._fingerprint()
 
@@ -116,61 +115,84 @@ class Processor:
         size = [self._image.height_px, self._image.width_px, *self._image.grid]
         return digest("processor", canonical_json(files), canonical_json(size))
 
-    def image_grid(self, width_px: int, height_px: int) -> tuple[int, int]:
-        """(rows, columns) of visual tokens an image of this size becomes.
-
-        Raises:
-            InvalidRequestError: the model takes no images, or the size is not positive.
-        """
+    @functools.cached_property
+    def _recipe(self) -> ImageRecipe:
         if self._image is None:
             message = "this model reads text only; remove the images"
             raise InvalidRequestError(message, field="messages")
+        return self._checkpoint.family.images(self._checkpoint.config, self._image, self._tools)
+
+    @functools.cached_property
+    def _framing(self) -> tuple[str, str]:
+        """What a template writes for an image, and what is tokenized there: the image token in the family's frame."""
+        recipe = self._recipe
+        image = self._tools.token_text(recipe.image_token_id)
+        return self._tools.token_text(recipe.placeholder_id), f"{recipe.before}{image}{recipe.after}"
+
+    def _placeholders(self) -> frozenset[str]:
+        """Spellings of the tokens that stand for images, in the token ids or in a template."""
+        if self._image is None:
+            return frozenset()
+        ids = (self._image.image_token_id, self._recipe.placeholder_id)
+        return frozenset(self._tools.token_text(token_id) for token_id in ids)
+
+    def image_layout(self, width_px: int, height_px: int, *, images: int = 1) -> ImageLayout:
+        """What an image of this size takes up in the decoder, before compression.
+
+        Args:
+            width_px: width of the image.
+            height_px: height of the image.
+            images: how many the request has; some families split only an image that is alone.
+
+        Raises:
+            InvalidRequestError: the model takes no images, or cannot take one of this size.
+            ModelLoadError: the checkpoint's image processor or tokenizer does not fit the model.
+        """
+        recipe = self._recipe
         if width_px < 1 or height_px < 1:
             message = f"an image of {width_px} x {height_px} pixels has no content"
             raise InvalidRequestError(message, field="messages")
-        return self._image.grid
+        try:
+            return recipe.layout(height_px, width_px, alone=images == 1)
+        except ValueError as error:
+            message = f"an image of {width_px} x {height_px} pixels cannot be read: {error}"
+            raise InvalidRequestError(message, field="messages") from None
+
+    def image_grid(self, width_px: int, height_px: int) -> tuple[int, int]:
+        """(rows, columns) of visual tokens an image of this size becomes."""
+        return self.image_layout(width_px, height_px).grid
 
     def image_tokens(self, width_px: int, height_px: int) -> int:
-        """Visual tokens an image of this size becomes, before compression."""
-        rows, columns = self.image_grid(width_px, height_px)
-        return rows * columns
+        """Cache slots an image of this size takes, before compression."""
+        return self.image_layout(width_px, height_px).tokens
 
-    @functools.cached_property
-    def _image_processor(self) -> Any:
-        # Imported here: it pulls in scientific libraries that a router, which only counts, can do without.
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    def image_fingerprint(self, images: int) -> bytes:
+        """32 bytes over all that decides what an image becomes, in a request that has so many of them."""
+        several = images > 1 and self._image is not None and self._recipe.splits()
+        return digest("images-several", self.fingerprint) if several else self.fingerprint
 
-        try:
-            # Pixels must be the same on every worker, so the choice does not depend on what else is installed.
-            return AutoImageProcessor.from_pretrained(self._checkpoint.directory, local_files_only=True, backend="pil")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"the image processor of {self._checkpoint.directory} cannot be loaded: {error}"
-            raise ModelLoadError(message, field="model") from error
+    @property
+    def reducible(self) -> frozenset[str] | None:
+        """What a method that reduces visual tokens may ask of the encoder; None where no method may act."""
+        return self._image.reducible if self._image else None
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Pixels for the vision encoder, as the checkpoint's own image processor gives them.
+    def preprocess(self, image: Image.Image, *, images: int = 1) -> ImageInputs:
+        """Inputs of the vision encoder, as the checkpoint's own image processor gives them.
 
         Args:
             image: any size; modes other than RGB are converted.
-
-        Returns:
-            [3, height_px, width_px] float32.
+            images: how many the request has.
 
         Raises:
             InvalidRequestError: the model takes no images, or the image has an unusual pixel format.
             ModelLoadError: the checkpoint's image processor does not fit its vision tower.
         """
-        self.image_grid(*image.size)
+        layout = self.image_layout(*image.size, images=images)
         if image.mode not in _PIXEL_MODES:
             message = f"pixel format {image.mode!r} is not supported; use 8-bit RGB, RGBA or greyscale"
             raise InvalidRequestError(message, field="messages")
         # Converted here as well as in the processor: some checkpoints switch its conversion off.
-        pixels: torch.Tensor = self._image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        expected = (3, self._image.height_px, self._image.width_px) if self._image else ()
-        if tuple(pixels.shape) != expected:
-            message = f"the image processor gives {list(pixels.shape)} pixels, the vision tower takes {list(expected)}"
-            raise ModelLoadError(message, field="model")
-        return pixels
+        return ImageInputs(self._recipe.tensors(image.convert("RGB"), alone=images == 1), layout)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> list[int | ImageSlot]:
         """Token ids of a conversation by the checkpoint's template, ready for the assistant's next turn.
@@ -190,6 +212,8 @@ class Processor:
             message = "this model reads text only; remove the images"
             raise InvalidRequestError(message, field="messages")
         rendered = self._render(messages)
+        if slots:
+            rendered = rendered.replace(*self._framing)
         ids = self._guarded.encode_rendered(rendered, add_special_tokens=self._adds_special_tokens(rendered))
         placed = ids.count(self.image_token_id) if self.image_token_id is not None else 0
         if placed != len(slots):

@@ -112,13 +112,18 @@ def _segment_to_proto(segment: Segment) -> pb.Segment:
         key=segment.key,
         tokens=segment.tokens,
         raw_tokens=segment.raw_tokens,
+        position_span=segment.position_span,
     )
 
 
 def _segment_from_proto(message: pb.Segment) -> Segment:
     if message.is_media:
         return MediaSegment(
-            message.media_index, _digest(message.key, "segment.key"), message.tokens, message.raw_tokens
+            message.media_index,
+            _digest(message.key, "segment.key"),
+            message.tokens,
+            message.raw_tokens,
+            message.position_span if message.HasField("position_span") else None,
         )
     return TextSegment(tuple(message.token_ids))
 

@@ -56,20 +56,22 @@ class CompressionPlan(_message.Message):
     def __init__(self, visual: _Optional[_Union[MethodSpec, _Mapping]] = ..., wire: _Optional[_Union[MethodSpec, _Mapping]] = ..., preset: _Optional[str] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("token_ids", "is_media", "media_index", "key", "tokens", "raw_tokens")
+    __slots__ = ("token_ids", "is_media", "media_index", "key", "tokens", "raw_tokens", "position_span")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IS_MEDIA_FIELD_NUMBER: _ClassVar[int]
     MEDIA_INDEX_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     RAW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_SPAN_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     is_media: bool
     media_index: int
     key: bytes
     tokens: int
     raw_tokens: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., is_media: _Optional[bool] = ..., media_index: _Optional[int] = ..., key: _Optional[bytes] = ..., tokens: _Optional[int] = ..., raw_tokens: _Optional[int] = ...) -> None: ...
+    position_span: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., is_media: _Optional[bool] = ..., media_index: _Optional[int] = ..., key: _Optional[bytes] = ..., tokens: _Optional[int] = ..., raw_tokens: _Optional[int] = ..., position_span: _Optional[int] = ...) -> None: ...
 
 class MediaInput(_message.Message):
     __slots__ = ("data", "pixel_hash", "width_px", "height_px")

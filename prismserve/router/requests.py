@@ -138,8 +138,8 @@ class RequestBuilder:
             max_tokens_default=default,
             chat=call.messages is not None,
         )
-        plan = presets.resolve(call.compression, self._default)
         self._check_images(call)
+        plan = self._plan(call)
         self._check_length(call)
         media = await self._media.read(call.images)
         loop = asyncio.get_running_loop()
@@ -150,6 +150,28 @@ class RequestBuilder:
         if call.images and not self._processor.supports_images:
             message = f"{call.images[0].field}: the model {self._facts.name!r} does not take images"
             raise InvalidRequestError(message, field=call.images[0].field)
+
+    def _plan(self, call: Call) -> CompressionPlan:
+        """What the request asked for; of the server's default, what can act on this model's images."""
+        plan = presets.resolve(call.compression, self._default)
+        if not call.images or plan.visual.name == "none":
+            return plan
+        needs = frozenset(str(need) for need in loader.visual_method(plan.visual.name).needs)
+        reducible = self._processor.reducible
+        if reducible is not None and needs <= reducible:
+            return plan
+        if call.compression is None:
+            return dataclasses.replace(plan, visual=presets.resolve("none", "off").visual, preset="custom")
+        reason = (
+            "has structure that a reduction would break"
+            if reducible is None
+            else f"gives no {', '.join(sorted(needs - reducible))}"
+        )
+        message = (
+            f"compression.visual: method {plan.visual.name!r} cannot act on the images of {self._facts.name!r}, whose "
+            f"encoder {reason}; leave compression out or ask for 'off'"
+        )
+        raise InvalidRequestError(message, field="compression.visual")
 
     def _check_length(self, call: Call) -> None:
         if call.messages is not None:
@@ -212,15 +234,20 @@ class RequestBuilder:
             if run:
                 segments.append(TextSegment(tuple(run)))
                 run = []
-            segments.append(self._media_segment(token.index, media[token.index], plan, visual))
+            segments.append(self._media_segment(token.index, media, plan, visual))
         if run:
             segments.append(TextSegment(tuple(run)))
         return Prompt(tuple(segments))
 
-    def _media_segment(self, index: int, item: MediaInput, plan: CompressionPlan, visual: bytes) -> MediaSegment:
-        raw = self._processor.image_tokens(item.width_px, item.height_px)
-        key = image_key(item.pixel_hash, self._processor.fingerprint, self._facts.encoder_fingerprint, visual)
-        return MediaSegment(index, key, loader.kept_tokens(plan.visual, raw), raw)
+    def _media_segment(
+        self, index: int, media: Sequence[MediaInput], plan: CompressionPlan, visual: bytes
+    ) -> MediaSegment:
+        item, images = media[index], len(media)
+        layout = self._processor.image_layout(item.width_px, item.height_px, images=images)
+        fingerprint = self._processor.image_fingerprint(images)
+        key = image_key(item.pixel_hash, fingerprint, self._facts.encoder_fingerprint, visual)
+        kept = loader.kept_tokens(plan.visual, layout.tokens)
+        return MediaSegment(index, key, kept, layout.tokens, layout.position_span)
 
     def _refuse_placeholder(self, ids: Sequence[int]) -> None:
         placeholder = self._processor.image_token_id

@@ -122,7 +122,8 @@ class Exchange:
     async def _fetch_embedding(self, submission: Submission, segment: MediaSegment, holder: str) -> None:
         runtime = self._runtime
         peer = await runtime.peers.find(holder)
-        width = runtime.model.decoder.config.hidden_size
+        decoder = runtime.model.decoder.config
+        width = decoder.hidden_size * (1 + decoder.deepstack_layers)
         dtype = runtime.model.dtype
         rows = torch.empty((segment.tokens, width), dtype=dtype)
         row_bytes = width * dtype.itemsize
@@ -141,8 +142,10 @@ class Exchange:
         message.embedding_key = segment.key
         reply = await self._receive(peer, reservation, message)
         positions = torch.tensor(list(reply.positions), dtype=torch.int64)
-        if len(positions) != segment.tokens or reply.raw_tokens != segment.raw_tokens:
-            text = f"worker {holder} sent {len(positions)} of {reply.raw_tokens} tokens, expected {segment.tokens}"
+        if decoder.mrope_section and len(positions) == 3 * segment.tokens:
+            positions = positions.view(3, segment.tokens)
+        if positions.shape[-1] != segment.tokens or reply.raw_tokens != segment.raw_tokens:
+            text = f"worker {holder} sent {positions.shape[-1]} of {reply.raw_tokens} tokens, expected {segment.tokens}"
             raise TransferError(text)
         embeds = rows.to(runtime.model.device)
         runtime.engine.image_cache.put(segment.key, VisualTokens(embeds, positions, segment.raw_tokens))
@@ -246,7 +249,7 @@ class Exchange:
             found=True,
             manifest=await self._finish(message, outgoing, ()),
             visual_tokens=tokens.embeds.shape[0],
-            positions=tokens.positions.tolist(),
+            positions=tokens.positions.flatten().tolist(),
             raw_tokens=tokens.raw_tokens,
         )
 

@@ -170,7 +170,9 @@ def peer(workshop: Workshop) -> Callable[[Request], list[int]]:
             return known[name]
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))}
         if request.media:
-            pixels = [workshop.processor.preprocess(Image.open(io.BytesIO(entry.data))) for entry in request.media]
+            pixels = [
+                workshop.processor.preprocess(Image.open(io.BytesIO(entry.data))).pixels for entry in request.media
+            ]
             inputs["pixel_values"] = torch.stack(pixels)
         with torch.inference_mode():
             out = model.generate(

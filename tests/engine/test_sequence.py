@@ -69,3 +69,28 @@ def test_keys_grow_with_generated_tokens_as_if_they_had_been_in_the_prompt() -> 
     slots = elements(PROMPT, (8, 9, 10, 11))
     assert sequence.keys == block_keys(b"n" * 32, slots, 4)
     assert sequence.slots == slots
+
+
+def test_positions_with_three_components_and_a_span_of_their_own() -> None:
+    prompt = Prompt((TextSegment((1, 2)), MediaSegment(0, A, 2, 6, position_span=3), TextSegment((5, 6))))
+    request = Request("r", 0, b"n" * 32, b"n" * 32, prompt, (), SamplingParams(), CompressionPlan(), (7,))
+    sequence = Sequence.create(1, request, Work.LOCAL, request.namespace, 4, 0.0)
+    grid = torch.tensor([[0, 0], [0, 1], [2, 1]])
+    sequence.images = {A: VisualTokens(torch.zeros(2, 2), grid, 6)}
+    sequence.prepare_inputs()
+    assert sequence.positions.tolist() == [[0, 1, 2, 2, 5, 6, 7], [0, 1, 2, 3, 5, 6, 7], [0, 1, 4, 3, 5, 6, 7]]
+    assert (sequence.next_position, sequence.context_tokens) == (8, 11)
+    sequence.images = {}
+    sequence.prepare_inputs()
+    assert sequence.positions.tolist() == [0, 1, -1, -1, 5, 6, 7], "all slots of the image are cached"
+
+
+def test_a_chunk_that_would_cut_an_image_ends_before_it_or_with_it() -> None:
+    sequence = make()
+    assert sequence.whole_images(0, 1) == 1
+    assert sequence.whole_images(0, 3) == 2, "before the image in slots 2 to 5"
+    assert sequence.whole_images(2, 1) == 3, "with it"
+    assert sequence.whole_images(3, 1) == 2, "with the rest of it, where some is cached"
+    assert sequence.whole_images(0, 5) == 5
+    assert sequence.whole_images(5, 5) == 3
+    assert sequence.images_within(3, 7) == ((2, 5), (6, 8))

@@ -10,16 +10,21 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from prismserve.models.base import ImageInputs, ImageLayout
 from prismserve.models.reference import reference_path
 from tests.models.dense_backend import DenseBackend
 
@@ -53,6 +58,38 @@ TEXT_CONFIGS = {
     "mistral-head-dim": lambda: MistralConfig(**SIZES, head_dim=20, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=16),
+    "qwen2-window": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=11,
+        sliding_window_pattern=2,
+        final_logit_softcapping=3.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **SIZES, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=40
+    ),
+    "qwen2-moe-some-dense": lambda: Qwen2MoeConfig(
+        **SIZES,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **SIZES,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+    ),
 }
 VISION = {
     "hidden_size": 32,
@@ -102,6 +139,10 @@ def hub_key(key):
 def save(model, directory: Path, rename=lambda key: key, shards=1):
     """Write config.json and safetensors; several shards get an index."""
     directory.mkdir(parents=True, exist_ok=True)
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        # In memory transformers keeps experts in one tensor; the hub keeps each part of each by itself.
+        model.save_pretrained(directory)
+        return directory
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     (directory / "config.json").write_text(json.dumps(config))
     state = {rename(name): tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -125,10 +166,17 @@ def copy_reference(directory: Path):
     return directory
 
 
+def as_inputs(model, pixels):
+    """Pixels [3, height, width] as a processor would hand them over."""
+    image = model.shape.image
+    layout = ImageLayout(image.tokens, image.grid) if image else ImageLayout(0, (0, 0))
+    return ImageInputs({"pixel_values": pixels[None]}, layout)
+
+
 def embeddings(model, ids, pixels=()):
     """Token embeddings [T, D] of ids whose image placeholders are expanded."""
     x = model.decoder.embed(ids)
-    encoded = model.encode_images(list(pixels), frozenset())
+    encoded = model.encode_images([as_inputs(model, image) for image in pixels], frozenset())
     if encoded:
         x[ids == model.image_token_id] = torch.cat([model.project(image.tokens) for image in encoded])
     return x
@@ -137,7 +185,7 @@ def embeddings(model, ids, pixels=()):
 def run(model, x, *, backend=None, start=0):
     """Logits [T, V] of embeddings [T, D] at positions from ``start`` on."""
     config = model.decoder.config
-    backend = backend or DenseBackend(config.layers, config.head_dim**-0.5)
+    backend = backend or DenseBackend(config.layers, config.head_dim**-0.5, config.windows)
     rotary = model.decoder.rotary(torch.arange(start, start + x.shape[0]))
     for layer in range(config.layers):
         x = model.decoder.layer(layer, x, rotary, backend)

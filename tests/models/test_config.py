@@ -20,10 +20,12 @@ def test_head_size_follows_the_configuration_or_the_hidden_size():
     assert DecoderConfig.from_hf(Qwen3Config(**SIZES, head_dim=32)).head_dim == 32
 
 
-def test_an_active_sliding_window_limits_the_context():
-    assert DecoderConfig.from_hf(MistralConfig(**SIZES, sliding_window=64)).max_position_embeddings == 64
-    assert DecoderConfig.from_hf(MistralConfig(**SIZES, sliding_window=None)).max_position_embeddings == 256
-    assert DecoderConfig.from_hf(Qwen2Config(**SIZES, sliding_window=64)).max_position_embeddings == 256
+def test_a_sliding_window_is_kept_by_layer_where_it_is_active():
+    assert DecoderConfig.from_hf(MistralConfig(**SIZES, sliding_window=64)).windows == (64, 64, 64)
+    assert DecoderConfig.from_hf(MistralConfig(**SIZES, sliding_window=None)).windows == ()
+    assert DecoderConfig.from_hf(Qwen2Config(**SIZES, sliding_window=64)).windows == ()
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=64, max_window_layers=2)
+    assert DecoderConfig.from_hf(config).windows == (0, 0, 64)
 
 
 def test_rope_scaling_is_read():

@@ -7,7 +7,7 @@ from prismserve.core.errors import EngineError, ModelLoadError
 from prismserve.models import vision
 from prismserve.models.base import NEED_CLS_ATTENTION, NEED_ENCODER_KEYS
 from prismserve.models.loader import load_model
-from tests.models.small import VISION, llava_model, save, text_model
+from tests.models.small import VISION, as_inputs, llava_model, save, text_model
 
 BOTH = frozenset({NEED_CLS_ATTENTION, NEED_ENCODER_KEYS})
 
@@ -31,7 +31,7 @@ def pixels():
 def test_class_token_attention_and_keys_are_those_of_the_layer_read(tmp_path, pixels, layer, depth):
     theirs = llava_model(3, layer=layer)
     ours = load_model(save(theirs, tmp_path), dtype="float32")
-    (image,) = ours.encode_images([pixels], BOTH)
+    (image,) = ours.encode_images([as_inputs(ours, pixels)], BOTH)
     attention, keys = eager_attention(theirs, pixels, depth)
     assert image.cls_attention.dtype == torch.float32
     torch.testing.assert_close(image.cls_attention, attention[:, 0, 1:], rtol=0, atol=1e-5)
@@ -44,7 +44,7 @@ def test_without_class_token_salience_is_the_mean_attention_received(tmp_path, p
     monkeypatch.setattr(vision, "_TILE_ROWS", tile_rows)
     theirs = llava_model(3, tower="siglip", layer=-1, strategy="full")
     ours = load_model(save(theirs, tmp_path), dtype="float32")
-    (image,) = ours.encode_images([pixels], BOTH)
+    (image,) = ours.encode_images([as_inputs(ours, pixels)], BOTH)
     attention, keys = eager_attention(theirs, pixels, 4)
     torch.testing.assert_close(image.cls_attention, attention.mean(1), rtol=0, atol=1e-5)
     torch.testing.assert_close(image.keys, keys, rtol=0, atol=1e-5)
@@ -52,9 +52,9 @@ def test_without_class_token_salience_is_the_mean_attention_received(tmp_path, p
 
 def test_only_what_is_asked_for_is_computed(tmp_path, pixels):
     ours = load_model(save(llava_model(), tmp_path), dtype="float32")
-    (plain,) = ours.encode_images([pixels], frozenset())
-    (attention,) = ours.encode_images([pixels], frozenset({NEED_CLS_ATTENTION}))
-    (keys,) = ours.encode_images([pixels], frozenset({NEED_ENCODER_KEYS}))
+    (plain,) = ours.encode_images([as_inputs(ours, pixels)], frozenset())
+    (attention,) = ours.encode_images([as_inputs(ours, pixels)], frozenset({NEED_CLS_ATTENTION}))
+    (keys,) = ours.encode_images([as_inputs(ours, pixels)], frozenset({NEED_ENCODER_KEYS}))
     assert (plain.cls_attention, plain.keys) == (None, None)
     assert attention.cls_attention is not None
     assert attention.keys is None
@@ -64,8 +64,11 @@ def test_only_what_is_asked_for_is_computed(tmp_path, pixels):
 
 def test_an_images_features_do_not_depend_on_its_neighbours(tmp_path, pixels):
     ours = load_model(save(llava_model(), tmp_path), dtype="float32")
-    alone = ours.encode_images([pixels], BOTH)[0]
-    among = ours.encode_images([torch.randn(3, 32, 32), pixels, torch.randn(3, 32, 32)], BOTH)[1]
+    alone = ours.encode_images([as_inputs(ours, pixels)], BOTH)[0]
+    among = ours.encode_images(
+        [as_inputs(ours, torch.randn(3, 32, 32)), as_inputs(ours, pixels), as_inputs(ours, torch.randn(3, 32, 32))],
+        BOTH,
+    )[1]
     assert torch.equal(alone.tokens, among.tokens)
     assert torch.equal(alone.cls_attention, among.cls_attention)
 
@@ -79,7 +82,7 @@ def test_a_text_model_refuses_images(tmp_path, pixels):
     ours = load_model(save(text_model("llama"), tmp_path), dtype="float32")
     assert ours.encode_images([], BOTH) == []
     with pytest.raises(EngineError, match="text only"):
-        ours.encode_images([pixels], frozenset())
+        ours.encode_images([as_inputs(ours, pixels)], frozenset())
     with pytest.raises(EngineError, match="text only"):
         ours.project(torch.zeros(1, 48))
 

@@ -1,10 +1,11 @@
-"""Text-only models: Llama, Mistral, Qwen2 and Qwen3."""
+"""Text-only models: Llama, Mistral, Mixtral, Qwen2, Qwen3, their mixtures of experts, and Gemma 3."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from prismserve.models.base import ModelIdentity, ModelShape
+from prismserve.core.errors import ModelLoadError
+from prismserve.models.base import ImageRecipe, ImageShape, ImageTools, ModelIdentity, ModelShape
 from prismserve.models.causal import CausalModel
 from prismserve.models.config import DecoderConfig
 
@@ -19,8 +20,12 @@ class CausalLM:
     architectures: ClassVar[tuple[str, ...]] = (
         "LlamaForCausalLM",
         "MistralForCausalLM",
+        "MixtralForCausalLM",
         "Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM",
         "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Gemma3ForCausalLM",
     )
 
     def shape(self, config: PretrainedConfig) -> ModelShape:
@@ -30,6 +35,11 @@ class CausalLM:
     def rename(self, key: str) -> str:
         """``model.layers.0...`` to ``decoder.layers.0...``."""
         return f"decoder.{key.removeprefix('model.')}"
+
+    def images(self, config: PretrainedConfig, shape: ImageShape, tools: ImageTools) -> ImageRecipe:  # noqa: ARG002
+        """Refuse; never asked, since the shape has no images."""
+        message = "this model reads text only"
+        raise ModelLoadError(message, field="model")
 
     def build(
         self,

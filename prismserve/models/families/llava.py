@@ -9,9 +9,19 @@ import torch
 from torch import nn
 
 from prismserve.core.errors import ModelLoadError
-from prismserve.models.base import EncodedImage, ImageShape, ModelIdentity, ModelShape
+from prismserve.models.base import (
+    NEED_CLS_ATTENTION,
+    NEED_ENCODER_KEYS,
+    EncodedImage,
+    ImageInputs,
+    ImageShape,
+    ImageTools,
+    ModelIdentity,
+    ModelShape,
+)
 from prismserve.models.causal import CausalModel
 from prismserve.models.config import DecoderConfig
+from prismserve.models.images import FixedGrid
 from prismserve.models.vision import TowerPlan, VisionTower
 
 if TYPE_CHECKING:
@@ -69,14 +79,12 @@ class LlavaModel(CausalModel):
         self.tower = VisionTower(config.vision_config, plan, device, dtype)
         self.projector = Projector(config, config.vision_config.hidden_size * len(plan.depths), device, dtype)
 
-    def encode_images(self, pixels: Sequence[torch.Tensor], needs: frozenset[str]) -> list[EncodedImage]:
+    def encode_images(self, images: Sequence[ImageInputs], needs: frozenset[str]) -> list[EncodedImage]:
         """One image at a time, so that an image's features never depend on what it was batched with."""
-        if self.shape.image is None:
-            return super().encode_images(pixels, needs)
         encoded: list[EncodedImage] = []
-        for image in pixels:
-            tokens, attention, keys = self.tower(image.to(self.device, self.dtype), needs)
-            encoded.append(EncodedImage(tokens, self.shape.image.grid, attention, keys))
+        for image in images:
+            tokens, attention, keys = self.tower(image.pixels.to(self.device, self.dtype), needs)
+            encoded.append(EncodedImage(tokens, image.layout.grid, attention, keys))
         return encoded
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -109,7 +117,8 @@ class Llava:
         side = vision.image_size // vision.patch_size
         # A kept class token has no place in the picture, so the tokens then count as one row.
         grid = (1, side * side + 1) if plan.keep_class_token else (side, side)
-        image = ImageShape(config.image_token_id, vision.image_size, vision.image_size, grid)
+        needs = frozenset({NEED_CLS_ATTENTION, NEED_ENCODER_KEYS})
+        image = ImageShape(config.image_token_id, vision.image_size, vision.image_size, grid, needs)
         decoder = DecoderConfig.from_hf(config.text_config, tie_word_embeddings=config.tie_word_embeddings)
         return ModelShape(decoder, image)
 
@@ -120,6 +129,10 @@ class Llava:
             if hits:
                 return renamed
         return key
+
+    def images(self, config: PretrainedConfig, shape: ImageShape, tools: ImageTools) -> FixedGrid:  # noqa: ARG002
+        """Every image becomes the same grid."""
+        return FixedGrid(shape, tools)
 
     def build(
         self,
