@@ -118,6 +118,9 @@ class PushJob:
             runtime.untap(ref)
             if grant is not None:
                 grant.cancel()
+                await asyncio.wait([grant])
+                if not grant.cancelled():
+                    grant.exception()  # the job's own error says what went wrong; this one may be its echo
             self._export.cancel()
             if self._outgoing is not None and not done:
                 self._outgoing.cancel()
