@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -38,7 +39,7 @@ def request() -> Request:
         attempt=2,
         namespace=KEY,
         wire_namespace=KEY[::-1],
-        prompt=Prompt((TextSegment((4,)), MediaSegment(0, KEY, 49, 196), TextSegment((7, 8, 5)))),
+        prompt=Prompt((TextSegment((4,)), MediaSegment(0, KEY, 49, 196, 14), TextSegment((7, 8, 5)))),
         media=(MediaInput(b"png", KEY, 224, 200),),
         sampling=SamplingParams(max_tokens=9, temperature=0.5, stop=("a", "b"), stop_token_ids=(1, 2), seed=-3),
         compression=CompressionPlan(SPEC, MethodSpec("int8"), "balanced"),
@@ -51,6 +52,12 @@ def request() -> Request:
 def test_a_request_survives_the_wire() -> None:
     message = pb.Request.FromString(convert.request_to_proto(request()).SerializeToString())
     assert convert.request_from_proto(message) == request()
+
+
+def test_an_image_whose_tokens_have_a_position_each_stays_one() -> None:
+    plain = replace(request(), prompt=Prompt((MediaSegment(0, KEY, 49, 196),)))
+    message = pb.Request.FromString(convert.request_to_proto(plain).SerializeToString())
+    assert convert.request_from_proto(message) == plain
 
 
 def test_a_media_reference_out_of_range_is_refused() -> None:
