@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from tests.models.matching import CASES, Ours, Theirs
 from tests.models.zoo import SPECIMENS
@@ -53,6 +54,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
+    disable_progress_bar()
     columns = (*CASES, "bf16")
     table = Table(
         "family", *columns, title=f"{options.seeds} seeds, {options.tokens} greedy tokens, largest difference"

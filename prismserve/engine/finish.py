@@ -67,6 +67,11 @@ def check_request(request: Request, *, vocab_size: int, max_model_len: int) -> N
         if isinstance(segment, MediaSegment) and not 0 < segment.tokens <= segment.raw_tokens:
             message = f"image {segment.media_index} keeps {segment.tokens} of {segment.raw_tokens} visual tokens"
             raise InvalidRequestError(message, field="media", request_id=request.request_id)
+        if isinstance(segment, MediaSegment) and not 0 < segment.positions <= segment.raw_tokens:
+            message = (
+                f"image {segment.media_index} spans {segment.positions} positions with {segment.raw_tokens} tokens"
+            )
+            raise InvalidRequestError(message, field="media", request_id=request.request_id)
     length = prompt.raw_tokens + len(request.resume_token_ids)
     if length >= max_model_len:
         message = (

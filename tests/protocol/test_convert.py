@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -44,7 +45,7 @@ def request() -> Request:
         attempt=2,
         namespace=KEY,
         wire_namespace=KEY[::-1],
-        prompt=Prompt((TextSegment((4,)), MediaSegment(0, KEY, 49, 196), TextSegment((7, 8, 5)))),
+        prompt=Prompt((TextSegment((4,)), MediaSegment(0, KEY, 49, 196, 14), TextSegment((7, 8, 5)))),
         media=(MediaInput(b"png", KEY, 224, 200),),
         sampling=SamplingParams(
             max_tokens=9,
@@ -83,6 +84,12 @@ def test_an_unknown_kind_of_constraint_is_refused() -> None:
 def test_logprobs_of_unequal_lengths_are_refused() -> None:
     with pytest.raises(TransferError, match="2 tokens come with 1"):
         convert.logprobs_from_proto([pb.TokenLogprobs(top_token_ids=[1, 2], top_logprobs=[-1.0])])
+
+
+def test_an_image_whose_tokens_have_a_position_each_stays_one() -> None:
+    plain = replace(request(), prompt=Prompt((MediaSegment(0, KEY, 49, 196),)))
+    message = pb.Request.FromString(convert.request_to_proto(plain).SerializeToString())
+    assert convert.request_from_proto(message) == plain
 
 
 def test_a_media_reference_out_of_range_is_refused() -> None:

@@ -1,0 +1,77 @@
+"""What a request asks of images, against what the model's images allow."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from prismserve.core.errors import InvalidRequestError
+from prismserve.core.types import KVLayout
+from prismserve.models.processing import ChatMessage, ImageSlot, Processor
+from prismserve.router.calls import Call
+from prismserve.router.config import RouterConfig
+from prismserve.router.media import ImageSource, MediaReader
+from prismserve.router.requests import ModelFacts, RequestBuilder
+from tests.models.matching import picture
+from tests.models.zoo import SPECIMENS
+
+
+@pytest.fixture
+def build(tmp_path):
+    def make(family, images=1, compression=None, default="balanced"):
+        directory = tmp_path / family
+        SPECIMENS[family].save(directory, 0)
+        processor, config = Processor.from_directory(directory), RouterConfig()
+        facts = ModelFacts("tiny", b"m" * 32, b"e" * 32, KVLayout("float32", 3, 2, 12, 16), processor.max_model_len)
+        builder = RequestBuilder(processor, facts, config, MediaReader(config), default)
+        parts = (*(ImageSlot(index) for index in range(images)), "What is it?")
+        sources = tuple(ImageSource(png(index), f"messages[0].content[{index}]") for index in range(images))
+        call = Call({}, messages=(ChatMessage("user", parts),), images=sources, compression=compression)
+        return builder.build(call)
+
+    return make
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    picture(seed, 70, 40).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+async def test_a_reduction_that_would_break_the_image_is_refused(build):
+    with pytest.raises(InvalidRequestError, match="structure that a reduction would break") as error:
+        await build("llava_next", compression="turbo")
+    assert error.value.field == "compression.visual"
+
+
+async def test_a_method_that_needs_what_the_encoder_does_not_show_is_refused(build):
+    with pytest.raises(InvalidRequestError, match="encoder gives no cls_attention, encoder_keys"):
+        await build("qwen2_vl", compression="visionzip")
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+async def test_a_default_that_cannot_act_is_left_out_but_its_codec_stays(build, family):
+    request = (await build(family)).request
+    (segment,) = request.prompt.media_segments()
+    assert segment.tokens == segment.raw_tokens
+    assert (request.compression.visual.name, request.compression.wire.name) == ("none", "int8")
+
+
+async def test_a_method_that_can_act_does(build):
+    request = (await build("qwen2_vl", compression={"visual": {"method": "uniform", "keep": 3}})).request
+    (segment,) = request.prompt.media_segments()
+    assert segment.tokens == 3 < segment.raw_tokens
+    assert segment.position_span == segment.positions < segment.raw_tokens
+
+
+async def test_without_images_any_plan_is_taken(build):
+    assert (await build("llava_next", images=0, compression="turbo")).request.compression.visual.name == "visionzip"
+
+
+async def test_an_image_among_others_is_laid_out_and_keyed_as_one_of_several(build):
+    alone = (await build("llava_onevision", default="off")).request.prompt
+    among = (await build("llava_onevision", images=2, default="off")).request.prompt
+    first, other = next(alone.media_segments()), next(among.media_segments())
+    assert (first.tokens, other.tokens) == (52, 17)
+    assert first.key != other.key
