@@ -14,10 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import random
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# No deadline per example: a busy machine is no defect. The same examples every time: a failure is one for everybody.
+hypothesis.settings.register_profile("prismserve", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("prismserve")
 
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported; kernels are then tested in its interpreter. Ops on CPU tensors still

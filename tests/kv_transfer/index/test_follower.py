@@ -37,6 +37,7 @@ async def test_a_follower_that_fell_behind_a_trimmed_stream_takes_a_new_snapshot
         await held.wait()
         return await original(*arguments, **named)
 
+    resyncs = mirror.resyncs
     reader._connection.client.xread = late
     await asyncio.sleep(0.15)
     keys = [key(n) for n in range(1, 400)]
@@ -44,7 +45,6 @@ async def test_a_follower_that_fell_behind_a_trimmed_stream_takes_a_new_snapshot
     for start in range(0, len(keys), 2):
         await owner.announce("w1", epoch, keys[start : start + 2])
     shared_server.command("XTRIM", owner._names.events, "MAXLEN", "8")
-    resyncs = mirror.resyncs
     held.set()
     await eventually(lambda: mirror.longest(keys) == {"w1": len(keys)})
     assert mirror.resyncs > resyncs
