@@ -118,8 +118,8 @@ class PushJob:
             runtime.untap(ref)
             if grant is not None:
                 grant.cancel()
-                await asyncio.wait([grant])
-                if not grant.cancelled():
+                await asyncio.wait([grant], timeout=runtime.config.peer_timeout_s)
+                if grant.done() and not grant.cancelled():
                     grant.exception()  # the job's own error says what went wrong; this one may be its echo
             self._export.cancel()
             if self._outgoing is not None and not done:
