@@ -74,10 +74,8 @@ class Export:
         if end - start < PUSH_TOKENS and not (end > start and end == view.prompt_tokens):
             return
         self._pushed[layer] = end
-        pool, table = self._pool, view.table
-        outgoing.push_from(
-            layer, start, end - start, lambda index, first, tokens: pool.read(index, table, first, tokens)
-        )
+        read, table = self._pool.read_rows if outgoing.exact else self._pool.read, view.table
+        outgoing.push_from(layer, start, end - start, lambda index, first, tokens: read(index, table, first, tokens))
 
     def cancel(self) -> None:
         """Push nothing more."""
