@@ -423,6 +423,7 @@ class Payload:
         offset_bytes: from the start of the extent.
         encoded_bytes: length.
         checksum: 16 bytes, XXH3-128 over the encoded bytes.
+        codec: how it is encoded, as a place in ``compression.wire.table`` of the transfer's codec; 0 for an embedding.
     """
 
     layer: int
@@ -431,6 +432,7 @@ class Payload:
     offset_bytes: int
     encoded_bytes: int
     checksum: bytes
+    codec: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,7 +448,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

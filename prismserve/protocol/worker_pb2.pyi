@@ -358,20 +358,22 @@ class ReserveReply(_message.Message):
     def __init__(self, granted: _Optional[bool] = ..., refusal: _Optional[str] = ..., retryable: _Optional[bool] = ..., lease_id: _Optional[int] = ..., extent: _Optional[_Union[Extent, _Mapping]] = ..., page_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
 
 class Payload(_message.Message):
-    __slots__ = ("layer", "start_token", "tokens", "offset_bytes", "encoded_bytes", "checksum")
+    __slots__ = ("layer", "start_token", "tokens", "offset_bytes", "encoded_bytes", "checksum", "codec")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     START_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENCODED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     layer: int
     start_token: int
     tokens: int
     offset_bytes: int
     encoded_bytes: int
     checksum: bytes
-    def __init__(self, layer: _Optional[int] = ..., start_token: _Optional[int] = ..., tokens: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., encoded_bytes: _Optional[int] = ..., checksum: _Optional[bytes] = ...) -> None: ...
+    codec: int
+    def __init__(self, layer: _Optional[int] = ..., start_token: _Optional[int] = ..., tokens: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., encoded_bytes: _Optional[int] = ..., checksum: _Optional[bytes] = ..., codec: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("version", "request_id", "attempt", "source_worker", "source_epoch", "namespace", "layout_fingerprint", "codec", "layer_tokens", "next_position", "first_token_ids", "payloads", "raw_bytes", "first_logprobs")
