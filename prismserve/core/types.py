@@ -240,6 +240,8 @@ class Request:
         namespace: 32 bytes: model, KV layout and tenant; the root of the block-key chain.
         wire_namespace: root of the chain for KV that crossed the wire; equals ``namespace`` for exact codecs,
             because KV restored from a lossy codec is not interchangeable with the KV it came from.
+        tenant: names who caches what on a worker; "" is the default tenant.
+        cache_share: part of a worker's KV blocks that cached prefixes of this tenant may fill while others want room.
         resume_token_ids: tokens already emitted by an earlier attempt, continued and not emitted again.
         timeout_s: time left for the whole request when the message was sent, in seconds.
     """
@@ -255,6 +257,8 @@ class Request:
     resume_token_ids: tuple[int, ...] = ()
     priority: int = 0
     timeout_s: float = 600.0
+    tenant: str = ""
+    cache_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +423,7 @@ class Payload:
         offset_bytes: from the start of the extent.
         encoded_bytes: length.
         checksum: 16 bytes, XXH3-128 over the encoded bytes.
+        codec: how it is encoded, as a place in ``compression.wire.table`` of the transfer's codec; 0 for an embedding.
     """
 
     layer: int
@@ -427,6 +432,7 @@ class Payload:
     offset_bytes: int
     encoded_bytes: int
     checksum: bytes
+    codec: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,7 +448,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from prismserve.compression.wire import Slots
 from prismserve.core.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -234,7 +235,8 @@ class Landing:
             prompt_tokens=ticket.prompt_tokens,
             cached_tokens=ticket.cached_tokens,
         )
-        nbytes = reserve_bytes(missing, codec, runtime.engine.layout)
+        slots = Slots.of(request.prompt, ticket.prompt_tokens)
+        nbytes = reserve_bytes(missing, codec, runtime.engine.layout, slots)
         arrival.reservation = runtime.receiver.reserve(expected, nbytes, runtime.engine.import_writer(ticket))
         return arrival.reservation
 

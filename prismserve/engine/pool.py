@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from prismserve.kernels.paged_cache import LayerKV
 
 
+class TableReader:
+    """Reads consecutive tokens of one sequence, as numbers or as they lie in memory."""
+
+    def __init__(self, pool: KVPool, table: Sequence[int]) -> None:
+        self._pool = pool
+        self._table = table
+
+    def __call__(self, layer: int, start_token: int, tokens: int, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`KVPool.read_rows` or :meth:`KVPool.read`."""
+        read = self._pool.read_rows if rows else self._pool.read
+        return read(layer, self._table, start_token, tokens)
+
+
 class KVPool:
     """Blocks of KV, handed out in groups: one block in every layer, under one id.
 
@@ -215,6 +228,10 @@ class KVPool:
             otherwise what :meth:`read` returns.
         """
         return self._load(self._layer_blocks(layer, table, start_token, tokens), start_token, tokens, rows=True)
+
+    def reader(self, table: Sequence[int]) -> TableReader:
+        """A function that reads from these groups, for the send thread of a transfer."""
+        return TableReader(self, table)
 
     # ---- single-layer blocks ---------------------------------------------------------------------------------
 

@@ -287,6 +287,8 @@ class Receiver:
             with self._lock:
                 self._count(notifications_refused=1)
             return
+        if note is None:
+            return
         with self._lock:
             landing = self._landings.get(note.lease_id)
             if not self._leases.matches(note.lease_id, note.generation):
@@ -294,15 +296,16 @@ class Receiver:
                 self._count(notifications_duplicate=int(ended), notifications_refused=int(not ended))
                 return
             if landing is None:
-                if note.payload is None:
+                if not note.payloads:
                     self._leases.finish(note.lease_id)
                 else:
                     self._count(notifications_duplicate=1)
                 return
-        if note.payload is None:
+        if not note.payloads:
             self._end(note.lease_id, LeaseExpiredError("the sender gave the transfer up"), sender_stopped=True)
             return
-        self._take(landing, note.payload)
+        for payload in note.payloads:
+            self._take(landing, payload)
 
     def _take(self, landing: Landing, payload: Payload) -> None:
         try:

@@ -24,9 +24,9 @@ def test_a_failing_link_is_passed_over_for_the_next_transport(make_worker):
     config = TransferConfig(arena_bytes=8 << 20, transports=("local", "shm"))
     here, there = make_worker("a", config), make_worker("b", config)
     assert here.hub.connect(there.info).transport == "local"
-    here.hub.report(there.info, "local", failed=True)
+    here.hub.failed(there.info, "local")
     assert here.hub.connect(there.info).transport == "shm"
-    here.hub.report(there.info, "local", failed=False)
+    here.hub.succeeded(there.info, "local", 0, 0.0)
     assert here.hub.connect(there.info).transport == "local"
 
 
