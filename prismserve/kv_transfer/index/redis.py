@@ -4,14 +4,14 @@ All state is soft: it can be lost at any moment and is rebuilt by its owners. No
 
 Keys, under ``prismserve:{CLUSTER}:`` (the braces are a hash tag: a Cluster keeps them in one slot):
 
-===================  ======  ===========================================================================
-``incarnation``      string  random, written by the first registration; another one means the state was lost
-``epoch``            zset    one member, ``epoch``, whose score is the last epoch handed out
-``workers``          zset    worker id -> its newest epoch; a score of epoch + 0.5 marks a dropped epoch
-``lease:ID:EPOCH``   string  the worker's record (msgpack), expires with the lease
-``held:ID:EPOCH``    set     32-byte keys the worker holds, expires one lease after the lease
-``events``           stream  field ``e``: one event (msgpack); capped at about ``stream_events_max``
-===================  ======  ===========================================================================
+======================  ======  ========================================================================
+``incarnation``         string  random, written by the first registration; another one means the state was lost
+``epoch``               zset    one member, ``epoch``, whose score is the last epoch handed out
+``workers``             zset    worker id -> its newest epoch; a score of epoch + 0.5 marks a dropped epoch
+``lease:ID:EPOCH``      string  the worker's record (msgpack), expires with the lease
+``held:TIER:ID:EPOCH``  set     32-byte keys the worker holds in a tier, expires one lease after the lease
+``events``              stream  field ``e``: one event (msgpack); capped at about ``stream_events_max``
+======================  ======  ========================================================================
 
 A sorted set with ``ZADD GT`` is an atomic maximum, which is all that fencing needs: an epoch can be raised, never
 lowered. Entries of an old epoch live under another key name that no reader looks at. Commands go out in pipelines
@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from prismserve.core.types import WorkerInfo, WorkerState
+from prismserve.core.types import Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import (
     EventKind,
     IndexEvent,
@@ -99,7 +99,7 @@ class RedisIndex:
             pipe.set(names.incarnation, secrets.token_hex(16), nx=True)
             pipe.zadd(names.workers, {info.worker_id: epoch}, gt=True)
             pipe.set(names.lease(info.worker_id, epoch), encode_worker(stored), px=self._ttl_ms)
-            pipe.delete(names.held(info.worker_id, epoch))
+            pipe.delete(*names.all_held(info.worker_id, epoch))
             self._publish(pipe, IndexEvent(EventKind.REGISTER, info.worker_id, epoch, info=stored))
             await pipe.execute()
         self._claims.hold(stored)
@@ -156,6 +156,7 @@ class RedisIndex:
         added: Sequence[bytes],
         removed: Sequence[bytes] = (),
         *,
+        tier: Tier = Tier.DEVICE,
         replace: bool = False,
     ) -> bool:
         """See :meth:`KVIndex.announce`. Each event has a call, and a deadline, of its own."""
@@ -164,7 +165,7 @@ class RedisIndex:
         check_keys(removed)
         for chunk in self._chunks(added, removed, replace=replace):
             with self._claims.calling(worker_id, epoch):
-                if not await self._announce(worker_id, epoch, chunk):
+                if not await self._announce(worker_id, epoch, tier, chunk):
                     return False
         return True
 
@@ -208,10 +209,11 @@ class RedisIndex:
             pipe = client.pipeline(transaction=False)
             # Only commands that a server at its memory limit still runs: a full index must not lose its workers.
             pipe.pexpire(names.lease(worker_id, epoch), self._ttl_ms)
-            pipe.pexpire(names.held(worker_id, epoch), 2 * self._ttl_ms)
             pipe.zscore(names.workers, worker_id)
             pipe.zscore(names.epoch, _EPOCH_MEMBER)
-            renewed, _, newest, counter = await pipe.execute()
+            for held in names.all_held(worker_id, epoch):
+                pipe.pexpire(held, 2 * self._ttl_ms)
+            renewed, newest, counter, *_ = await pipe.execute()
             if not renewed or newest != epoch:
                 return False
             if counter is None or counter < self._claims.epoch_seen:
@@ -244,22 +246,22 @@ class RedisIndex:
         chunks += [_Chunk(EventKind.ANNOUNCE, (), removed[at : at + size]) for at in range(0, len(removed), size)]
         return chunks
 
-    async def _announce(self, worker_id: str, epoch: int, chunk: _Chunk) -> bool:
+    async def _announce(self, worker_id: str, epoch: int, tier: Tier, chunk: _Chunk) -> bool:
         names = self._names
-        held = names.held(worker_id, epoch)
+        held = names.held(worker_id, epoch, tier)
         async with self._connection.call("announcing keys") as client:
             pipe = client.pipeline(transaction=False)
             pipe.zscore(names.workers, worker_id)
             pipe.pexpire(names.lease(worker_id, epoch), self._ttl_ms)
             if chunk.kind is EventKind.RESET:
-                pipe.delete(held)
+                pipe.delete(*names.all_held(worker_id, epoch))
             if chunk.added:
                 pipe.sadd(held, *chunk.added)
             if chunk.removed:
                 pipe.srem(held, *chunk.removed)
             # Also without a registration the entries must end: the set may have been made by this very call.
             pipe.pexpire(held, 2 * self._ttl_ms)
-            self._publish(pipe, IndexEvent(chunk.kind, worker_id, epoch, chunk.added, chunk.removed))
+            self._publish(pipe, IndexEvent(chunk.kind, worker_id, epoch, chunk.added, chunk.removed, tier=tier))
             newest, renewed, *_ = await pipe.execute()
         return bool(renewed) and newest == epoch
 
@@ -269,7 +271,7 @@ class RedisIndex:
         )
 
     def _end(self, pipe: Any, worker_id: str, epoch: int) -> None:
-        pipe.delete(self._names.lease(worker_id, epoch), self._names.held(worker_id, epoch))
+        pipe.delete(self._names.lease(worker_id, epoch), *self._names.all_held(worker_id, epoch))
         self._publish(pipe, IndexEvent(EventKind.DROP, worker_id, epoch))
 
     async def _collect(self) -> None:
