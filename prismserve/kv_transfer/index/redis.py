@@ -17,12 +17,7 @@ A sorted set with ``ZADD GT`` is an atomic maximum, which is all that fencing ne
 lowered. Entries of an old epoch live under another key name that no reader looks at. Commands go out in pipelines
 without transactions: each write is harmless alone, and the event that tells followers always comes last.
 
-Commands, as a line for ``redis.conf``::
-
-    user prismserve on >PASSWORD ~prismserve:{CLUSTER}:* -@all +select +get +set +del +mget +pexpire \
-        +sadd +srem +sscan +zadd +zincrby +zscore +zrange +zremrangebyscore +xadd +xread +xrange +xrevrange
-
-A Cluster also needs ``+cluster|slots +command +asking``; a Sentinel's own user needs ``+sentinel|masters``.
+Records, memory, and the rights that a user needs are on the page ``docs/redis.md``.
 """
 
 from __future__ import annotations

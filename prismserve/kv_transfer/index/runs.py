@@ -8,9 +8,9 @@ its run; both are shared objects, and the dict holds nothing that the garbage co
 Where runs come from
     Keys that were added together may follow each other in a chain. Their run is unproven: the first chain that is
     looked up through it is compared key by key, the run is cut where the two part, and what agreed is proven from
-    then on. Proven neighbours with equal masks are joined, the smaller into the larger, when a lookup passes from one
-    to the other. So neither evictions from the middle of a chain nor announcements in any order make an answer
-    differ from that of a plain dict of masks; they only make it slower, once.
+    then on. Short proven neighbours with equal masks are joined when a lookup passes from one to the other. So neither
+    evictions from the middle of a chain nor announcements in any order make an answer differ from that of a plain
+    dict of masks; they only make it slower, once.
 
 Adding a holder to keys that already are a run, and removing it, changes one mask.
 """
@@ -24,6 +24,8 @@ from typing import Final
 
 _SCAN_KEYS_MIN: Final = 4
 _SCAN_KEYS_MAX: Final = 256
+# Joining costs a dict entry for each key of the shorter run; passing from one run to the next costs about 1 µs.
+_JOIN_KEYS_MAX: Final = 64
 
 
 class _Run:
@@ -236,8 +238,8 @@ class RunTable:
         return self._new_run(keys, mask, proven=True) if len(keys) > 1 else None
 
     def _join_runs(self, before: _Run | None, run: _Run) -> _Run:
-        """Join two proven runs that follow each other, if their masks are equal."""
-        if before is None or before.mask != run.mask:
+        """Join two proven runs that follow each other, if their masks are equal and one is short."""
+        if before is None or before.mask != run.mask or min(len(before.keys), len(run.keys)) > _JOIN_KEYS_MAX:
             return run
         kept, moved = (before, run) if len(before.keys) >= len(run.keys) else (run, before)
         self._entries.update(dict.fromkeys(moved.keys, kept.number))
