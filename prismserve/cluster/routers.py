@@ -20,6 +20,7 @@ from prismserve.models.source import resolve_model
 from prismserve.router.requests import ModelFacts
 from prismserve.router.servers import FrontDoors
 from prismserve.router.service import RouterService
+from prismserve.router.tenants import Tenants, TenantsFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,7 @@ class RouterFacts:
     cluster_secret: str
     index_url: str
     device: str
+    tenants: TenantsFile | None = None
 
 
 class Router:
@@ -81,6 +83,7 @@ class Router:
             default_compression=settings.compression,
             router_id=f"router-{os.getpid()}-{secrets.token_hex(4)}",
             cluster_secret=facts.cluster_secret,
+            tenants=Tenants(facts.tenants),
         )
         await self._service.start()
         self._doors = FrontDoors(self._service)

@@ -248,6 +248,8 @@ class Request:
         namespace: 32 bytes: model, KV layout and tenant; the root of the block-key chain.
         wire_namespace: root of the chain for KV that crossed the wire; equals ``namespace`` for exact codecs,
             because KV restored from a lossy codec is not interchangeable with the KV it came from.
+        tenant: names who caches what on a worker; "" is the default tenant.
+        cache_share: part of a worker's KV blocks that cached prefixes of this tenant may fill while others want room.
         resume_token_ids: tokens already emitted by an earlier attempt, continued and not emitted again.
         timeout_s: time left for the whole request when the message was sent, in seconds.
     """
@@ -263,6 +265,8 @@ class Request:
     resume_token_ids: tuple[int, ...] = ()
     priority: int = 0
     timeout_s: float = 600.0
+    tenant: str = ""
+    cache_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
