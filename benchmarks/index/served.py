@@ -179,7 +179,8 @@ async def _hold(url: str, blocks: int, orders: Connection) -> None:
     for number in range(OWNERS):
         held = keys[number * blocks // OWNERS : (number + 1) * blocks // OWNERS]
         leases.append(WorkerLease(index, _info(f"w{number}"), lambda held=held: {Tier.DEVICE: held}))  # type: ignore[misc]
-    leases.append(WorkerLease(index, _info("lag"), dict))
+    announced: list[bytes] = []
+    leases.append(WorkerLease(index, _info("lag"), lambda: {Tier.DEVICE: announced}))
     for lease in leases:
         await lease.start()
     while True:
@@ -189,6 +190,7 @@ async def _hold(url: str, blocks: int, orders: Connection) -> None:
             break
         times_s = []
         for chain in _lag_chains(announcements):
+            announced += chain
             times_s.append(time.monotonic())
             leases[-1].changed(chain, ())
             await asyncio.sleep(LAG_INTERVAL_S)

@@ -25,7 +25,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,6 +51,8 @@ from prismserve.kv_transfer.index.url import IndexUrl
 _EPOCH_MEMBER: Final = "epoch"
 _COLLECT_MAX: Final = 64
 _TOMBSTONES_MAX: Final = 256
+# Long after every lease, and after every zombie's silence: what a cluster shares ends when nobody uses it any more.
+_SHARED_TTL_MS: Final = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,29 @@ class _Chunk:
 
 
 class RedisIndex:
-    """:class:`~prismserve.kv_transfer.index.base.KVIndex` over one Redis deployment; belongs to one event loop."""
+    """:class:`~prismserve.kv_transfer.index.base.KVIndex` over one Redis deployment; belongs to one event loop.
 
-    def __init__(self, url: IndexUrl, cluster: str, config: IndexConfig | None = None) -> None:
+    Args:
+        url: where it is.
+        cluster: part of every key's name.
+        config: leases and limits.
+        clock: monotonic seconds, by which an owner's silence is measured.
+        wall_clock: seconds since 1970; only ever raises new epochs.
+    """
+
+    def __init__(
+        self,
+        url: IndexUrl,
+        cluster: str,
+        config: IndexConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         check_cluster(cluster)
         self._config = config or IndexConfig()
         self._names = Names(cluster)
         self._connection = Connection(url, self._config.call_timeout_s, self._config.poll_interval_s)
-        self._claims = Claims(self._config.lease_ttl_s)
+        self._claims = Claims(self._config.lease_ttl_s, clock, wall_clock)
         self._ttl_ms = max(1, round(self._config.lease_ttl_s * 1000))
 
     async def check(self) -> None:
@@ -77,6 +95,7 @@ class RedisIndex:
             pipe.get(self._names.incarnation)
             pipe.zadd(self._names.epoch, {_EPOCH_MEMBER: 0}, gt=True)
             pipe.xrevrange(self._names.events, count=1)
+            self._keep(pipe)
             await pipe.execute()
 
     async def register(self, info: WorkerInfo) -> int:
@@ -96,6 +115,7 @@ class RedisIndex:
             pipe.set(names.lease(info.worker_id, epoch), encode_worker(stored), px=self._ttl_ms)
             pipe.delete(*names.all_held(info.worker_id, epoch))
             self._publish(pipe, IndexEvent(EventKind.REGISTER, info.worker_id, epoch, info=stored))
+            self._keep(pipe)
             await pipe.execute()
         self._claims.hold(stored)
         await self._collect()
@@ -208,6 +228,7 @@ class RedisIndex:
             pipe.zscore(names.epoch, _EPOCH_MEMBER)
             for held in names.all_held(worker_id, epoch):
                 pipe.pexpire(held, 2 * self._ttl_ms)
+            self._keep(pipe)
             renewed, newest, counter, *_ = await pipe.execute()
             if not renewed or newest != epoch:
                 return False
@@ -268,6 +289,12 @@ class RedisIndex:
     def _end(self, pipe: Any, worker_id: str, epoch: int) -> None:
         pipe.delete(self._names.lease(worker_id, epoch), *self._names.all_held(worker_id, epoch))
         self._publish(pipe, IndexEvent(EventKind.DROP, worker_id, epoch))
+        self._keep(pipe)
+
+    def _keep(self, pipe: Any) -> None:
+        """Let what the cluster's workers share last while anybody uses it."""
+        for name in (self._names.incarnation, self._names.epoch, self._names.workers, self._names.events):
+            pipe.pexpire(name, _SHARED_TTL_MS)
 
     async def _collect(self) -> None:
         """Forget a few registrations whose lease has ended, and the oldest marks of dropped epochs."""

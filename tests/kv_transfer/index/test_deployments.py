@@ -30,7 +30,7 @@ def key(number: int) -> bytes:
 def allow(server: Server, cluster: str, *lines: str) -> None:
     """Make the documented user, whose password is ``narrow``."""
     for line in lines:
-        words = line.replace("PASSWORD", "narrow").replace("CLUSTER", cluster).split()
+        words = line.replace("PASSWORD", "narrow").replace("NAME", cluster).split()
         server.command(*words, expect=b"+OK")
 
 
@@ -72,6 +72,8 @@ async def use_all(index, info, follow, eventually):
     assert await index.register(info) > epoch
     await index.deregister(info.worker_id, index._claims.epoch_seen)
     await eventually(lambda: not mirror.workers())
+    # Followers check now and then that nothing was lost.
+    await asyncio.sleep(0.3)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 
 import pytest
 
@@ -131,11 +132,25 @@ async def test_everything_a_dead_worker_left_expires(server, redis_index, info, 
     await index.announce("dead", dead, [key(1)])
     await index.drop_worker("late", late)
     assert not await index.announce("late", late, [key(2)])
-    assert b"held:late" in server.command("KEYS", "*")
+    assert b"held:device:late" in server.command("KEYS", "*")
     await asyncio.sleep(2.1 * config.lease_ttl_s)
     left = server.command("KEYS", "*")
     assert b"lease:" not in left
     assert b"held:" not in left
+
+
+async def test_what_a_cluster_shares_ends_when_nobody_uses_it_any_more(server, redis_index, info):
+    index = redis_index(server)
+    await index.check()
+    epoch = await index.register(info())
+    await index.announce("w1", epoch, [key(1)])
+    await index.heartbeat("w1", epoch, WorkerState.READY)
+    await index.deregister("w1", epoch)
+    left = re.findall(rb"prismserve:\S+", server.command("KEYS", "*"))
+    assert {name.rpartition(b":")[2] for name in left} == {b"incarnation", b"epoch", b"events"}
+    for name in left:
+        ttl_s = int(re.search(rb":(-?\d+)", server.command("TTL", name.decode())[3:])[1])
+        assert 3000 < ttl_s <= 3600
 
 
 async def test_ended_registrations_are_collected_and_the_latest_fences_are_kept(server, redis_index, info, config):
