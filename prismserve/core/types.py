@@ -32,6 +32,14 @@ class WorkerState(enum.StrEnum):
     LOST = "lost"
 
 
+class Tier(enum.IntEnum):
+    """Where a worker keeps a block, fastest first. The numbers are part of stored and sent forms."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
 class FinishReason(enum.StrEnum):
     """Why generation ended; the values are OpenAI's, plus ``error`` and ``abort``."""
 
