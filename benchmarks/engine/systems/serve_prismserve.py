@@ -67,7 +67,8 @@ def start() -> tuple[Run, dict[str, Any]]:
 
     processor = Processor.from_directory(directory)
     model = load_model(directory, dtype=dtype)
-    config = EngineConfig(max_model_len=MODEL_LEN_MAX, kv_cache_bytes=1 << 30, max_running=SEQUENCES_MAX)
+    longest = min(MODEL_LEN_MAX, model.max_model_len)
+    config = EngineConfig(max_model_len=longest, kv_cache_bytes=1 << 30, max_running=SEQUENCES_MAX)
     engine = Engine(model, processor, config)
     warm_up(engine, processor, lambda *_: None)
     times = StepTimes(engine._stepper._runner)  # noqa: SLF001 - measured from outside, so that the engine carries no clock for it
