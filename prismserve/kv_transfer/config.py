@@ -29,7 +29,7 @@ class TransferConfig(FrozenConfig):
             first link opens, then real transfers; a later one must be 1.25 times as fast as one named before it);
             "order" takes the first that works.
         probe_interval_s: links to a peer that is written to are measured again after this long.
-        host: address that transports which listen bind to; peers must reach it.
+        host: address that transports which listen bind to; a worker puts its own here.
         notify_timeout_s: after a commit, how long a payload that has not arrived intact is waited for.
         write_timeout_s: how long one write, or the wait for staging memory, may take.
         write_attempts: how often one write is tried, over all links, before the transfer fails.
