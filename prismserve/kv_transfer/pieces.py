@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 
@@ -17,8 +17,23 @@ from prismserve.core.types import KVLayout, MethodSpec, Payload
 from prismserve.kv_transfer.plan import RAW_LAYER, aligned, cut
 from prismserve.kv_transfer.wire import PAYLOADS_MAX, Checksum
 
-KVRead: TypeAlias = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(layer, start_token, tokens) -> keys and values [tokens, kv_heads, head_dim]; runs on the send thread."""
+
+class KVRead(Protocol):
+    """Fetches what a piece holds; runs on the send thread."""
+
+    def __call__(self, layer: int, start_token: int, tokens: int, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer.
+
+        Args:
+            layer: decoder layer.
+            start_token: first cache slot.
+            tokens: slots.
+            rows: whether the codec moves what lies in memory rather than numbers that it rounds.
+
+        Returns:
+            Two [tokens, kv_heads, head_dim]; with ``rows`` and a quantised layout, uint8 [tokens, kv_heads, row_bytes].
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -120,7 +135,7 @@ class Cutter:
             message = "a piece has nothing to send"
             raise TransferError(message)
         codec, config = self._codecs[piece.codec]
-        keys, values = piece.read(piece.layer, piece.start_token, piece.tokens)
+        keys, values = piece.read(piece.layer, piece.start_token, piece.tokens, rows=not codec.lossy)
         if isinstance(codec, EncodesParts):
             return _place(codec.parts(keys, values, config), out)
         return _place([codec.encode(keys, values, config)], out)

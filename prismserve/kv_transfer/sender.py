@@ -107,12 +107,14 @@ class Outgoing:
         Args:
             layer: decoder layer.
             start_token: cache slot of the first token; slots the receiver holds already are left out.
-            keys: [T, kv_heads, head_dim] in the layout's dtype.
+            keys: [T, kv_heads, head_dim] in the layout's dtype, or rows as :class:`KVRead` gives them.
             values: as ``keys``.
         """
+        origin = start_token
 
-        def read(_: int, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-            first = start - start_token
+        def read(layer: int, start_token: int, tokens: int, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+            del layer, rows  # the tensors are what they are
+            first = start_token - origin
             return keys[first : first + tokens], values[first : first + tokens]
 
         self.push_from(layer, start_token, keys.shape[0], read)

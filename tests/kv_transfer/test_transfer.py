@@ -308,7 +308,7 @@ def test_kv_that_cannot_be_read_ends_its_transfer_alone_and_holds_no_staging(mak
     config = TransferConfig(arena_bytes=8 << 20, transports=("nixl",))
     pair = make_worker("a", config), make_worker("b", config)
 
-    def read(layer, start_token, tokens):
+    def read(layer, start_token, tokens, *, rows):
         raise raised("gone")
 
     _, outgoing = start(pair, expect())
@@ -328,7 +328,7 @@ def test_a_full_queue_ends_the_transfer_and_not_the_caller(make_worker):
     blocked = threading.Event()
     keys, values = kv(0, 100)
 
-    def read(layer, start_token, tokens):
+    def read(layer, start_token, tokens, *, rows):
         blocked.wait(5)
         return keys[0], values[0]
 
