@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
@@ -258,6 +259,7 @@ class Landing:
         runtime, request = self._runtime, arrival.request
         ticket = arrival.ticket.result()
         arrival.committing = True
+        began_s = time.monotonic()
         try:
             if set(manifest.layer_tokens) != {ticket.prompt_tokens}:
                 text = f"manifest covers {manifest.layer_tokens} tokens, expected {ticket.prompt_tokens} in every layer"
@@ -275,6 +277,9 @@ class Landing:
             await self._abandon(arrival)
             raise
         self._forget(arrival)
+        # What the sender could not know: how long its last bytes took to be verified and decoded here.
+        settled_ms = (time.monotonic() - began_s) * 1e3
+        report = dataclasses.replace(report, transfer_exposed_ms=report.transfer_exposed_ms + settled_ms)
         await runtime.on_engine(
             lambda engine: engine.finish_import(
                 ticket, request, manifest.first_token_ids, manifest.next_position, report, manifest.first_logprobs
