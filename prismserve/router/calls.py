@@ -34,7 +34,7 @@ class Call:
     Exactly one of ``messages``, ``prompt`` and ``prompt_ids`` is set.
 
     Attributes:
-        images: in the order of the slots in ``messages``.
+        media: in the order of the slots in ``messages``.
         options: the fields read by :func:`prismserve.router.sampling.parse_sampling`.
         compression: preset name, method name, object, or None for the server's default; untrusted.
         tenant: names whose caches may be shared; derived from the credential, never from the body.
@@ -46,7 +46,7 @@ class Call:
     messages: tuple[ChatMessage, ...] | None = None
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
-    images: tuple[ImageSource, ...] = ()
+    media: tuple[ImageSource, ...] = ()
     compression: CompressionField = None
     cache_salt: str = ""
     tenant: str = ""
@@ -142,7 +142,7 @@ def chat_call(body: Mapping[str, Any], config: RouterConfig, tenant: str = "") -
     return Call(
         options=body,
         messages=tuple(messages),
-        images=tuple(images),
+        media=tuple(images),
         compression=check_compression(body.get("compression")),
         cache_salt=check_cache_salt(body.get("cache_salt"), config),
         tenant=tenant,

@@ -114,7 +114,7 @@ def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float 
         options=_options(request.sampling, chat=bool(request.messages)),
         messages=tuple(messages) or None,
         prompt=request.prompt or None,
-        images=tuple(images),
+        media=tuple(images),
         compression=_compression(request.compression),
         cache_salt=check_cache_salt(request.cache_salt, config),
         timeout_s=timeout_s,

@@ -23,7 +23,7 @@ from PIL import Image
 
 from prismserve.core.errors import InvalidRequestError
 from prismserve.core.hashing import digest
-from prismserve.core.types import MediaInput
+from prismserve.core.types import MediaInput, MediaKind
 from prismserve.router.image_header import ImageHeader, read_header
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ class ImageSource:
 
     content: bytes | str
     field: str
+
+    @property
+    def kind(self) -> MediaKind:
+        """An image."""
+        return MediaKind.IMAGE
 
 
 def decode_data_uri(uri: str, field: str) -> bytes:
