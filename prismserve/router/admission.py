@@ -1,4 +1,4 @@
-"""Bounds on what is in progress: requests and the bytes of their bodies. Refusal is immediate, nothing queues."""
+"""Bounds on what is in progress: requests, the bytes of their bodies and of their videos. Refusal is immediate, nothing queues."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Admission:
         self._config = config
         self.running = 0
         self.body_bytes = 0
+        self.video_bytes = 0
 
     def check(self) -> None:
         """OverloadedError when a request could not be admitted now; asked before its body is read."""
@@ -43,6 +44,18 @@ class Admission:
             yield
         finally:
             self.running -= places
+
+    @contextlib.contextmanager
+    def videos(self, nbytes: int) -> Iterator[None]:
+        """Hold the samples of a request's videos; OverloadedError when all together exceed the limit."""
+        if nbytes and self.video_bytes + nbytes > self._config.max_pending_video_bytes:
+            message = "the videos of the requests in progress fill the router's memory; try again shortly"
+            raise OverloadedError(message, retry_after_s=self._config.retry_after_s)
+        self.video_bytes += nbytes
+        try:
+            yield
+        finally:
+            self.video_bytes -= nbytes
 
 
 class BodyBudget:
