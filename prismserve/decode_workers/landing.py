@@ -20,7 +20,7 @@ from prismserve.core.errors import (
     TransferError,
 )
 from prismserve.kv_transfer.manifest import Expected
-from prismserve.kv_transfer.plan import reserve_bytes
+from prismserve.kv_transfer.plan import reserve_layers_bytes
 from prismserve.protocol import convert
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.worker_runtime.jobs import failure
@@ -222,7 +222,7 @@ class Landing:
         if message.prompt_tokens != ticket.prompt_tokens:
             text = f"the prompt has {ticket.prompt_tokens} tokens here and {message.prompt_tokens} at the sender"
             raise TransferError(text, request_id=request.request_id)
-        missing = max(0, ticket.prompt_tokens - ticket.cached_tokens)
+        missing = max(0, ticket.room_tokens - ticket.cached_tokens * runtime.engine.layout.layers)
         codec = convert.method_from_proto(message.codec)
         expected = Expected(
             request_id=request.request_id,
@@ -234,7 +234,7 @@ class Landing:
             prompt_tokens=ticket.prompt_tokens,
             cached_tokens=ticket.cached_tokens,
         )
-        nbytes = reserve_bytes(missing, codec, runtime.engine.layout)
+        nbytes = reserve_layers_bytes(missing, codec, runtime.engine.layout)
         arrival.reservation = runtime.receiver.reserve(expected, nbytes, runtime.engine.import_writer(ticket))
         return arrival.reservation
 
@@ -257,8 +257,11 @@ class Landing:
         ticket = arrival.ticket.result()
         arrival.committing = True
         try:
-            if set(manifest.layer_tokens) != {ticket.prompt_tokens}:
-                text = f"manifest covers {manifest.layer_tokens} tokens, expected {ticket.prompt_tokens} in every layer"
+            if not await runtime.on_engine(lambda engine: engine.import_accepts(ticket, manifest.layer_tokens)):
+                text = (
+                    f"manifest covers {manifest.layer_tokens} tokens by layer, which does not fit the request's prompt "
+                    f"of {ticket.prompt_tokens}"
+                )
                 raise TransferError(text, request_id=request.request_id)
             verified = runtime.receiver.commit(message_lease(arrival), generation, manifest)
             try:
@@ -275,7 +278,13 @@ class Landing:
         self._forget(arrival)
         await runtime.on_engine(
             lambda engine: engine.finish_import(
-                ticket, request, manifest.first_token_ids, manifest.next_position, report, manifest.first_logprobs
+                ticket,
+                request,
+                manifest.first_token_ids,
+                manifest.next_position,
+                report,
+                manifest.first_logprobs,
+                manifest.layer_tokens,
             )
         )
 

@@ -117,7 +117,11 @@ def plan_pruning(
     if spec.name == "none" or not spans:
         return None
     method, config = loader.prefill_method(spec.name), loader.config_of(spec, "prefill")
-    check_model(method, decoder, processor.reducible)
+    reduced = any(span.segment.tokens < span.segment.raw_tokens for span in spans)
+    if not processor.prunable or (method.whole and reduced):
+        what = "needs every token of an image" if method.whole and reduced else "cannot act on this model's visual tokens"
+        message = f"{_FIELD}: method {method.name!r} {what}"
+        raise InvalidRequestError(message, field=_FIELD)
     cuts = fitted(method.cuts(config, decoder.layers), decoder)
     counts = tuple(span.segment.tokens for span in spans)
     visual, prompt = sum(counts), request.prompt.tokens
@@ -137,13 +141,6 @@ def plan_pruning(
         seed=digest("prune-seed", *(media.pixel_hash for media in request.media))[:_SEED_BYTES],
         counts=counts,
     )
-
-
-def check_model(method: PrefillMethod, decoder: DecoderConfig, reducible: frozenset[str] | None) -> None:
-    """InvalidRequestError where no prefill method can act: tokens with structure, windows, images read both ways."""
-    if reducible is None or decoder.windows or decoder.bidirectional_images:
-        message = f"{_FIELD}: method {method.name!r} cannot act on the visual tokens of this model"
-        raise InvalidRequestError(message, field=_FIELD)
 
 
 def fitted(cuts: Sequence[Cut], decoder: DecoderConfig) -> tuple[Cut, ...]:

@@ -176,6 +176,12 @@ class Processor:
         """What a method that reduces visual tokens may ask of the encoder; None where no method may act."""
         return self._image.reducible if self._image else None
 
+    @property
+    def prunable(self) -> bool:
+        """Whether visual tokens may leave between layers: they have no structure among them, and every layer sees all."""
+        decoder = self._checkpoint.shape.decoder
+        return self.reducible is not None and not decoder.windows and not decoder.bidirectional_images
+
     def preprocess(self, image: Image.Image, *, images: int = 1) -> ImageInputs:
         """Inputs of the vision encoder, as the checkpoint's own image processor gives them.
 
