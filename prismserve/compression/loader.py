@@ -60,9 +60,7 @@ def method_of(stage: str, name: str) -> VisualMethod | PrefillMethod | Codec:
     return visual_method(name) if stage == "visual" else codec(name)
 
 
-def method_config(
-    method: VisualMethod | PrefillMethod | Codec, params: Mapping[str, Any], field: str
-) -> FrozenConfig:
+def method_config(method: VisualMethod | PrefillMethod | Codec, params: Mapping[str, Any], field: str) -> FrozenConfig:
     """Validate parameters; InvalidRequestError names the field and the reason."""
     try:
         return method.Config.model_validate(dict(params))
@@ -73,9 +71,7 @@ def method_config(
         raise InvalidRequestError(message, field=where) from None
 
 
-def normalise(
-    method: VisualMethod | PrefillMethod | Codec, params: Mapping[str, Any], field: str
-) -> MethodSpec:
+def normalise(method: VisualMethod | PrefillMethod | Codec, params: Mapping[str, Any], field: str) -> MethodSpec:
     """A spec with every default filled in and the method's version, so that equal plans have equal fingerprints."""
     values = {**method_config(method, params, field).model_dump(), "version": method.version}
     return MethodSpec(method.name, tuple(sorted(values.items())))

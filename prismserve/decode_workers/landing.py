@@ -284,7 +284,7 @@ class Landing:
                 manifest.next_position,
                 report,
                 manifest.first_logprobs,
-                manifest.layer_tokens,
+                layer_tokens=manifest.layer_tokens,
             )
         )
 

@@ -8,7 +8,7 @@ import torch
 
 from prismserve.compression.cuts import RATERS_MAX, ChoosesRaters, CutInputs, CutNeed, CutPlan, Raters, Tap
 from prismserve.core.errors import EngineError
-from prismserve.engine.salience import LayerView, blended_rows, query_sums, row_scores, rope_scores, salience
+from prismserve.engine.salience import LayerView, blended_rows, query_sums, rope_scores, row_scores, salience
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -256,7 +256,8 @@ def _places(positions: torch.Tensor, grid: Grid) -> torch.Tensor:
         return torch.arange(grid.tokens)
     if positions.dim() == 1:
         return positions
-    frames = positions[0].unique(return_inverse=True)[1]
+    times = torch.tensor(sorted(set(positions[0].tolist())))
+    frames = torch.searchsorted(times, positions[0].contiguous())
     return (frames * grid.rows + positions[1]) * grid.columns + positions[2]
 
 

@@ -261,6 +261,7 @@ class Engine:
         next_position: int,
         report: PrefillReport | None,
         first_logprobs: tuple[TokenLogprobs, ...] = (),
+        *,
         layer_tokens: tuple[int, ...] | None = None,
     ) -> None:
         """All KV of the ticket is written: publish it and join the running batch.
@@ -419,9 +420,7 @@ class Engine:
         self._next_order += 1
         size = self.config.block_tokens
         sequence = Sequence.create(self._next_order, request, work, namespace, size, self._clock())
-        sequence.prune(
-            plan_pruning(request, sequence.spans, self._model.decoder.config, self._processor, size), size
-        )
+        sequence.prune(plan_pruning(request, sequence.spans, self._model.decoder.config, self._processor, size), size)
         return sequence
 
     def _check_new(self, sequence: Sequence) -> None:

@@ -119,7 +119,9 @@ def plan_pruning(
     method, config = loader.prefill_method(spec.name), loader.config_of(spec, "prefill")
     reduced = any(span.segment.tokens < span.segment.raw_tokens for span in spans)
     if not processor.prunable or (method.whole and reduced):
-        what = "needs every token of an image" if method.whole and reduced else "cannot act on this model's visual tokens"
+        what = (
+            "needs every token of an image" if method.whole and reduced else "cannot act on this model's visual tokens"
+        )
         message = f"{_FIELD}: method {method.name!r} {what}"
         raise InvalidRequestError(message, field=_FIELD)
     cuts = fitted(method.cuts(config, decoder.layers), decoder)

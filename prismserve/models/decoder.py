@@ -211,9 +211,7 @@ class Decoder(nn.Module):
         block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
         return block.forward(index, x, rotary, attention)
 
-    def project(
-        self, index: int, x: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, index: int, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values that a layer would compute of its input [T, D], without running it."""
         block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
         return block.project(x, rotary)
