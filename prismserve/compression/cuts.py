@@ -11,9 +11,9 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from prismserve.compression.base import Share, Stage
     from prismserve.core.config import FrozenConfig
 
@@ -93,6 +93,7 @@ class CutInputs:
 
     Attributes:
         layers: of the decoder.
+        cut_layers: layers of the cuts up to and including this one, as this decoder allows them.
         history: visual tokens at layer 0 and behind each earlier cut; the last entry is N.
         grids: one per image or video.
         medium: [N] int64, which of ``grids`` a token belongs to, ascending.
@@ -109,6 +110,7 @@ class CutInputs:
     """
 
     layers: int
+    cut_layers: tuple[int, ...]
     history: tuple[int, ...]
     grids: tuple[Grid, ...]
     medium: torch.Tensor
@@ -196,3 +198,10 @@ class ChoosesRaters(Protocol):
             [r] int64 rows of ``text``, ascending, 1 to ``RATERS_MAX``.
         """
         ...
+
+
+def salience(query_sums: torch.Tensor) -> torch.Tensor:
+    """[N] float32 in 0..1: mean over heads of ``query_sums`` [H, N], spread over the range; all 1 where they are equal."""
+    mean = query_sums.float().mean(0)
+    low, high = mean.aminmax()
+    return torch.ones_like(mean) if bool(high == low) else (mean - low) / (high - low)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prismserve.compression.cuts import RATERS_MAX, ChoosesRaters, CutInputs, CutNeed, CutPlan, Raters, Tap
+from prismserve.compression.cuts import RATERS_MAX, ChoosesRaters, CutInputs, CutNeed, CutPlan, Raters, Tap, salience
 from prismserve.core.errors import EngineError
-from prismserve.engine.salience import LayerView, blended_rows, query_sums, rope_scores, row_scores, salience
+from prismserve.engine.salience import LayerView, blended_rows, query_sums, rope_scores, row_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,6 +153,7 @@ class Stage:
         pruning = self.pruning
         return CutInputs(
             layers=len(self.counts),
+            cut_layers=tuple(cut.layer for cut in pruning.cuts[: self._next_cut + 1]),
             history=(sum(pruning.counts), *pruning.kept),
             grids=pruning.grids,
             medium=self._medium,

@@ -70,13 +70,6 @@ def query_sums(view: LayerView, rows: torch.Tensor) -> torch.Tensor:
     return torch.einsum("gqd,ngd->gqn", grouped, keys).reshape(total.shape[0], -1) * view.scale
 
 
-def salience(sums: torch.Tensor) -> torch.Tensor:
-    """[n] float32 in 0..1: mean over heads of ``query_sums`` [H, n], spread over the range; all 1 where they are equal."""
-    mean = sums.mean(0)
-    low, high = mean.min(), mean.max()
-    return torch.ones_like(mean) if bool(high == low) else (mean - low) / (high - low)
-
-
 def blended_rows(view: LayerView, values: torch.Tensor, rows: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
     """Attention of visual rows that also see later visual rows, with weights scaled by the seen one's salience.
 
