@@ -113,9 +113,9 @@ def _pool(straight: int, tokens: int) -> int:
 
 def _straight(kept: int, tokens: int) -> int:
     """Tokens kept as they are, so that they and the centres of the recycled ones are ``kept`` together."""
-    for straight in range(kept - 1, 0, -1):
+    for straight in range(kept, 0, -1):
         pool = _pool(straight, tokens)
-        if straight + min(pool, pool // _PER_CENTRE + 1) >= kept:
+        if pool and straight + pool // _PER_CENTRE + 1 <= kept:
             return straight if kept - straight <= pool else kept
     return kept
 
