@@ -93,8 +93,9 @@ class Pruning:
         text = length - self.visual_tokens
         if len(layer_tokens) != len(self.room):
             return False
-        for tokens, room in zip(layer_tokens, self.room, strict=True):
-            least = room + extra if self.method.exact or room == self.prompt_tokens else text
+        first = self.cuts[0].layer if self.cuts else len(self.room)
+        for layer, (tokens, room) in enumerate(zip(layer_tokens, self.room, strict=True)):
+            least = room + extra if self.method.exact or layer < first else text
             if not least <= tokens <= room + extra:
                 return False
         return True

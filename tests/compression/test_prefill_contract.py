@@ -199,9 +199,7 @@ def test_sparsevlm_recycles_the_best_of_the_dropped_around_dense_centres():
     def distance(a, b):
         return float((points[a] - points[b]).norm()) / WIDTH**0.5
 
-    density = {
-        a: torch.tensor([-sum(sorted(distance(a, b) ** 2 for b in pool)[:5]) / 5]).exp().item() for a in pool
-    }
+    density = {a: torch.tensor([-sum(sorted(distance(a, b) ** 2 for b in pool)[:5]) / 5]).exp().item() for a in pool}
     furthest = max(distance(a, b) for a in pool for b in pool)
     apart = {
         a: min((distance(a, b) for b in pool if (density[b], -b) > (density[a], -a)), default=furthest) for a in pool
