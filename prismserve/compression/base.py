@@ -146,8 +146,9 @@ class Codec(Protocol):
         """Encode one layer.
 
         Args:
-            keys: [T, kv_heads, head_dim], after RoPE.
-            values: [T, kv_heads, head_dim].
+            keys: [T, kv_heads, head_dim], after RoPE. A codec that is not ``lossy`` gets them as they lie in memory:
+                from a quantised pool uint8 [T, kv_heads, row_bytes], codes followed by their scales.
+            values: as ``keys``.
             config: an instance of ``Config``.
 
         Returns:
@@ -158,5 +159,5 @@ class Codec(Protocol):
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype."""
+        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype, or the rows it was given."""
         ...

@@ -209,7 +209,7 @@ class Landing:
         if message.layout_fingerprint != runtime.engine.layout.fingerprint():
             text = (
                 f"KV layouts differ: worker {message.source_worker} and worker {runtime.info.worker_id} "
-                f"({runtime.engine.layout}) must run the same model, dtype and block size"
+                f"({runtime.engine.layout}) must run the same model, dtype, KV format and block size"
             )
             raise IncompatibleLayoutError(text, request_id=request.request_id)
         try:

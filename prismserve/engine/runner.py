@@ -11,7 +11,8 @@ from prismserve.core.errors import EngineError
 from prismserve.engine.attention import PagedAttention
 from prismserve.engine.cutting import CuttingAttention, enter_layer, join_positions
 from prismserve.engine.masking import MaskedAttention
-from prismserve.engine.taps import TappedAttention, tapped
+from prismserve.engine.tapped import TappedAttention, tapped
+from prismserve.kernels.dispatch import use_triton_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,12 +78,15 @@ class ModelRunner:
         stages = [item.stage for item in items if item.stage is not None]
         attention = self._attention(items, slots, stages)
         rotary = decoder.rotary(positions)
+        taps = attention if isinstance(attention, TappedAttention) else None
         for layer in range(decoder.config.layers):
             if stages:
                 x, positions, angles = enter_layer(layer, x, positions, stages, decoder, self._pool)
                 rotary = rotary if angles is None else angles
                 if x.shape[0] == 0:
                     break
+            if taps is not None:
+                taps.enter(layer, x)
             x = decoder.layer(layer, x, rotary, attention)
             if deepstack is not None and layer < decoder.config.deepstack_layers:
                 x = x.index_add(0, deepstack[0], deepstack[1][layer])
@@ -104,7 +108,7 @@ class ModelRunner:
             message = "ragged sequences must come last in a batch"
             raise EngineError(message)
         layers = self._model.decoder.config.layers
-        attention: AttentionBackend = PagedAttention(
+        paged = PagedAttention(
             self._pool,
             [item.sequence.table for item in uniform],
             [item.start for item in uniform],
@@ -116,11 +120,15 @@ class ModelRunner:
             ],
         )
         config = self._model.decoder.config
-        if config.windows or config.bidirectional_images:
-            attention = MaskedAttention(attention, config, self._pool, items, slots)
+        masked = bool(config.windows) or config.bidirectional_images
+        attention: AttentionBackend = MaskedAttention(paged, config, self._pool, items, slots) if masked else paged
         if stages:
             attention = CuttingAttention(attention, stages, self._model.decoder, self._pool)
-        return TappedAttention(attention, self._pool, items) if tapped(items) else attention
+        if not tapped(items):
+            return attention
+        # The kernels return log-sum-exps at no cost; the fused attention of a CPU does not, and must not be replaced.
+        with_lse = paged.attend_with_lse if not masked and not stages and use_triton_on(self._pool.device) else None
+        return TappedAttention(attention, self._pool, items, config, with_lse)
 
     def _inputs(self, items: Sequence[RunItem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, positions and cache slots on the model's device: [T] int64 each; positions may be [3, T]."""
@@ -150,7 +158,7 @@ class ModelRunner:
         else:
             parts = list(zip(*pieces, strict=True))
             ids, positions, slots = torch.cat(parts[0]), join_positions(parts[1]), torch.cat(parts[2])
-        device = self._pool.storage.device
+        device = self._pool.device
         return ids.to(device), positions.to(device), slots.to(device)
 
     def _prefill_inputs(self, item: RunItem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

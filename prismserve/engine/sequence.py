@@ -230,6 +230,8 @@ class Sequence:
     def advance(self, tokens: int, layer_counts: Items[int] | None = None) -> None:
         """``tokens`` more slots are computed; ``layer_counts`` of them hold KV in each layer, all if it is None."""
         self.cached += tokens
+        if self.taps is not None:
+            self.taps.advance(self.cached)
         for layer, table in enumerate(self.ragged or ()):
             table.tokens += tokens if layer_counts is None else layer_counts[layer]
 
@@ -279,6 +281,8 @@ class Sequence:
         self.replay = self.compactions + self.replay
         self.compactions = []
         self.cached = self.published = 0
+        if self.taps is not None:
+            self.taps.reset()
         self.ids = self.positions = None
         self.state = State.WAITING
         if self.pruning is not None:

@@ -31,7 +31,10 @@ from prismserve.kv_transfer.transports.base import StagedWrite, WriteHandle
 from prismserve.kv_transfer.wire import checksum, encode_end, encode_payload
 
 KVRead: TypeAlias = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(layer, start_token, tokens) -> keys and values [tokens, kv_heads, head_dim]; runs on the send thread."""
+"""(layer, start_token, tokens) -> keys and values [tokens, kv_heads, head_dim]; runs on the send thread.
+
+Where the codec is exact and the layout quantised, rows as they lie in memory, uint8 [tokens, kv_heads, row_bytes].
+"""
 _RETRY_PAUSE_S: Final = 0.01
 _log = logging.getLogger(__name__)
 
@@ -120,13 +123,18 @@ class Outgoing:
         """Why the transfer failed; None while it has not."""
         return self._error
 
+    @property
+    def exact(self) -> bool:
+        """Whether the codec moves what lies in memory, rather than numbers that it rounds."""
+        return not self._codec.lossy
+
     def push(self, layer: int, start_token: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Send one run of tokens of one layer; the tensors must not change until :meth:`finish` returns.
 
         Args:
             layer: decoder layer.
             start_token: cache slot of the first token; slots the receiver holds already are left out.
-            keys: [T, kv_heads, head_dim] in the layout's dtype.
+            keys: [T, kv_heads, head_dim] in the layout's dtype, or rows as :data:`KVRead` gives them.
             values: as ``keys``.
         """
 

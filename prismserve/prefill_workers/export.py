@@ -77,12 +77,12 @@ class Export:
         if end - start < PUSH_TOKENS and not (end > start and end == view.layer_tokens[layer]):
             return
         self._pushed[layer] = end
-        pool, table, tables = self._pool, view.table, view.layer_tables
+        pool, table, tables, rows = self._pool, view.table, view.layer_tables, outgoing.exact
 
         def read(index: int, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if tables is None:
-                return pool.read(index, table, first, tokens)
-            return pool.read_blocks(tables[index], first, tokens)
+            if tables is not None:
+                return pool.read_blocks(tables[index], first, tokens, rows=rows)
+            return (pool.read_rows if rows else pool.read)(index, table, first, tokens)
 
         outgoing.push_from(layer, start, end - start, read)
 

@@ -176,6 +176,8 @@ def request_to_proto(request: Request) -> pb.Request:
         resume_token_ids=request.resume_token_ids,
         priority=request.priority,
         timeout_s=request.timeout_s,
+        tenant=request.tenant,
+        cache_share=request.cache_share,
     )
 
 
@@ -206,6 +208,8 @@ def request_from_proto(message: pb.Request) -> Request:
         resume_token_ids=tuple(message.resume_token_ids),
         priority=message.priority,
         timeout_s=message.timeout_s,
+        tenant=message.tenant,
+        cache_share=message.cache_share,
     )
 
 

@@ -110,7 +110,8 @@ def test_plans_are_sound_within_bounds_and_the_same_every_time(name, grids):
     for (inputs, plan), (_, other), bound in zip(plans, again, bounds, strict=True):
         assert plan.indices.dtype == torch.int64
         assert (plan.indices.diff() > 0).all()
-        assert 0 <= int(plan.indices[0]) and int(plan.indices[-1]) < inputs.tokens
+        assert int(plan.indices[0]) >= 0
+        assert int(plan.indices[-1]) < inputs.tokens
         assert 1 <= len(plan.indices) <= bound
         assert torch.equal(plan.indices, other.indices)
         if plan.targets is None:

@@ -14,6 +14,7 @@ from prismserve.compression.base import Share
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaSegment, Request
 from prismserve.engine.taps import Taps
+from prismserve.models.processing import ChatMessage
 from tests.engine.conftest import Workshop, tokens_of
 
 METHODS = tuple(name for name in loader.names("prefill") if name != "none")
@@ -66,7 +67,7 @@ def test_no_size_of_chunks_and_no_mixture_of_requests_changes_an_answer(workshop
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "holitom_inner"])
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm"])
 def test_preemption_chooses_the_same_survivors(workshop, name, preemption) -> None:
     requests = [ask(workshop, f"r{i}", i, 6, small(name), max_tokens=40) for i in range(3)]
     expected = {}
@@ -123,11 +124,12 @@ def prefilled(engine: Any) -> tuple[int, ...]:
 def pairs_of_equal_length(workshop: Workshop, name: str, scene: int) -> list[tuple[Request, Request]]:
     """Requests with different questions of equally many tokens about one image."""
     questions = [ask(workshop, f"q{i}", i, scene, small(name)) for i in range(len(workshop.questions(scene)))]
-    found = []
-    for i, one in enumerate(questions):
-        for other in questions[i + 1 :]:
-            if one.prompt.tokens == other.prompt.tokens and one.prompt != other.prompt:
-                found.append((one, other))
+    found = [
+        (one, other)
+        for i, one in enumerate(questions)
+        for other in questions[i + 1 :]
+        if one.prompt.tokens == other.prompt.tokens and one.prompt != other.prompt
+    ]
     return found[:2]
 
 
@@ -235,8 +237,6 @@ def test_answers_equal_those_of_whole_attention_matrices(workshop, name, cuts, a
 
 
 def test_text_before_the_image_is_shared_among_requests_of_the_plan(workshop) -> None:
-    from prismserve.models.processing import ChatMessage
-
     history = [ChatMessage("user", ("Describe the image. " * 12,)), ChatMessage("assistant", ("a red circle",))]
     requests = [
         workshop.request(f"r{i}", workshop.questions(3)[i], (3,), visual=plan("fastv"), history=history)

@@ -87,7 +87,8 @@ class World:
         path = reference_path()
         info = inspect_checkpoint(path)
         fingerprint = model_fingerprint(path, "float32")
-        layout = KVLayout("float32", info.layers, info.kv_heads, info.head_dim, 16)
+        kv_format = changes.pop("kv_format", "plain")
+        layout = KVLayout("float32", info.layers, info.kv_heads, info.head_dim, 16, kv_format=kv_format)
         facts = ModelFacts("reference", fingerprint, encoder_fingerprint(fingerprint), layout, info.max_model_len)
         self.index = await open_index(self.url, self.cluster)
         self.router = RouterService(

@@ -19,7 +19,10 @@ class NoneConfig(FrozenConfig):
 
 
 class NoCodec:
-    """Raw bytes in the layout's dtype and the machine's byte order: keys [T, kv_heads, head_dim], then values."""
+    """Raw bytes in the machine's byte order: keys [T, kv_heads, head_dim] in the layout's dtype, then values.
+
+    Of a quantised layout, what lies in memory: rows of codes and scales, uint8 [T, kv_heads, row_bytes].
+    """
 
     name: ClassVar[str] = "none"
     version: ClassVar[int] = 1
@@ -38,7 +41,7 @@ class NoCodec:
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: FrozenConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split into keys and values, each [T, kv_heads, head_dim].
+        """Split into keys and values, each [T, kv_heads, head_dim]; rows of codes if the layout is quantised.
 
         They share memory with ``encoded`` where it is aligned to the dtype.
 
@@ -49,6 +52,9 @@ class NoCodec:
         if encoded.numel() != wanted:
             message = f"a payload of {tokens} tokens has {encoded.numel()} bytes and must have {wanted}"
             raise IncompatibleLayoutError(message)
+        if layout.quantised:
+            keys, values = encoded.view(2, tokens, layout.kv_heads, layout.row_bytes)
+            return keys, values
         if encoded.storage_offset() % layout.dtype_bytes or encoded.data_ptr() % layout.dtype_bytes:
             encoded = encoded.clone()
         dtype: torch.dtype = getattr(torch, layout.dtype)
