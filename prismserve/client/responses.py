@@ -24,7 +24,7 @@ class Usage:
         completion_tokens: tokens generated.
         cached_tokens: prompt tokens that were not computed again.
         visual_tokens_before: visual tokens the encoder made.
-        visual_tokens_after: visual tokens that were kept.
+        visual_tokens_after: visual tokens that were kept, down to the last layer.
         kv_bytes_before: KV of the prompt without any compression, in bytes.
         kv_bytes_after: KV of the prompt as it was kept, in bytes.
         kv_bytes_sent: bytes that crossed from prefill to decode.
@@ -43,6 +43,7 @@ class Usage:
         transfer_exposed_ms: the part of it that delayed the first token.
         route_reason: why the router chose these workers.
         compression: the plan as applied, canonical JSON.
+        visual_tokens_by_cut: visual tokens that a prefill method left behind each of its cuts; empty without one.
     """
 
     prompt_tokens: int = 0
@@ -68,6 +69,7 @@ class Usage:
     transfer_exposed_ms: float = 0.0
     route_reason: str = ""
     compression: str = ""
+    visual_tokens_by_cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +240,9 @@ def _logprob_of(message: pb.TokenLogprobs) -> TokenLogprob:
 
 def usage_of(message: pb.Usage) -> Usage:
     """Copy a usage message."""
-    return Usage(**{name.name: getattr(message, name.name) for name in dataclasses.fields(Usage)})
+    values = {field.name: getattr(message, field.name) for field in dataclasses.fields(Usage)}
+    values["visual_tokens_by_cut"] = tuple(message.visual_tokens_by_cut)
+    return Usage(**values)
 
 
 def models_of(message: pb.ListModelsResponse) -> tuple[Model, ...]:

@@ -120,20 +120,22 @@ class MethodSpec:
 
 @dataclass(frozen=True, slots=True)
 class CompressionPlan:
-    """What is done to one request's visual tokens and to its KV on the wire.
+    """What is done to one request's visual tokens, before the decoder and within it, and to its KV on the wire.
 
-    ``visual`` and ``wire`` are always set; ``none`` is the identity. Visual fingerprints enter cache keys, wire
-    codecs do not: they change bytes in flight, and lossy codecs mark what they produce (see ``lossy``).
+    All are always set; ``none`` is the identity. Visual fingerprints enter the keys of images, prefill fingerprints the
+    request's namespace (:func:`prefill_namespace`). Wire codecs do neither: they change bytes in flight, and lossy
+    codecs mark what they produce (see ``lossy``).
     """
 
     visual: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
     wire: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
     preset: str = "custom"
+    prefill: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
 
     @property
     def exact(self) -> bool:
         """Whether outputs are bit-equal to serving without compression."""
-        return self.visual.name == "none" and self.wire.name == "none"
+        return self.visual.name == self.prefill.name == self.wire.name == "none"
 
 
 class MediaKind(enum.StrEnum):
@@ -547,7 +549,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
-    """What the prefill side measured for one request, for the usage report."""
+    """What the prefill side measured for one request, for the usage report.
+
+    ``visual_tokens_by_cut`` are the visual tokens a prefill method left behind each of its cuts; empty without one.
+    """
 
     worker_id: str = ""
     cached_tokens: int = 0
@@ -562,6 +567,7 @@ class PrefillReport:
     transfer_ms: float = 0.0
     transfer_exposed_ms: float = 0.0
     transport: str = "local"
+    visual_tokens_by_cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -600,6 +606,14 @@ def namespace(model_fingerprint: bytes, layout: KVLayout, tenant_salt: bytes) ->
         message = f"model_fingerprint must be {DIGEST_BYTES} bytes, got {len(model_fingerprint)}"
         raise ValueError(message)
     return digest("namespace", model_fingerprint, layout.fingerprint(), tenant_salt)
+
+
+def prefill_namespace(root: bytes, method: MethodSpec) -> bytes:
+    """The chain root of requests whose visual tokens a prefill method reduces inside the decoder.
+
+    What such a request leaves in a cache is found by requests of the same plan only, whatever share code the method has.
+    """
+    return root if method.name == "none" else digest("namespace-prune", root, method.fingerprint())
 
 
 def wire_namespace(root: bytes, codec: MethodSpec, *, lossy: bool) -> bytes:

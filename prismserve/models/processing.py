@@ -255,6 +255,12 @@ class Processor:
         layout = self.video_layout(frames.shape[2], frames.shape[1], times)
         return ImageInputs(self._video_recipe.tensors(frames), layout)
 
+    @property
+    def prunable(self) -> bool:
+        """Whether visual tokens may leave between layers: they have no structure among them, and every layer sees all."""
+        decoder = self._checkpoint.shape.decoder
+        return self.reducible is not None and not decoder.windows and not decoder.bidirectional_images
+
     def preprocess(self, image: Image.Image, *, images: int = 1) -> ImageInputs:
         """Inputs of the vision encoder, as the checkpoint's own image processor gives them.
 

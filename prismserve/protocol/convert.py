@@ -190,6 +190,7 @@ def request_to_proto(request: Request) -> pb.Request:
             visual=method_to_proto(request.compression.visual),
             wire=method_to_proto(request.compression.wire),
             preset=request.compression.preset,
+            prefill=method_to_proto(request.compression.prefill),
         ),
         resume_token_ids=request.resume_token_ids,
         priority=request.priority,
@@ -219,6 +220,7 @@ def request_from_proto(message: pb.Request) -> Request:
             method_from_proto(message.compression.visual),
             method_from_proto(message.compression.wire),
             message.compression.preset,
+            method_from_proto(message.compression.prefill),
         ),
         resume_token_ids=tuple(message.resume_token_ids),
         priority=message.priority,
@@ -238,7 +240,9 @@ def report_to_proto(report: PrefillReport) -> pb.PrefillReport:
 
 def report_from_proto(message: pb.PrefillReport) -> PrefillReport:
     """Field by field; names are the same."""
-    return PrefillReport(**{f.name: getattr(message, f.name) for f in dataclasses.fields(PrefillReport)})
+    values = {f.name: getattr(message, f.name) for f in dataclasses.fields(PrefillReport)}
+    values["visual_tokens_by_cut"] = tuple(message.visual_tokens_by_cut)
+    return PrefillReport(**values)
 
 
 def logprobs_to_proto(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:

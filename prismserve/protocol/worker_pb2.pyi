@@ -46,14 +46,16 @@ class MethodSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., params: _Optional[_Mapping[str, Scalar]] = ...) -> None: ...
 
 class CompressionPlan(_message.Message):
-    __slots__ = ("visual", "wire", "preset")
+    __slots__ = ("visual", "wire", "preset", "prefill")
     VISUAL_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     PRESET_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
     visual: MethodSpec
     wire: MethodSpec
     preset: str
-    def __init__(self, visual: _Optional[_Union[MethodSpec, _Mapping]] = ..., wire: _Optional[_Union[MethodSpec, _Mapping]] = ..., preset: _Optional[str] = ...) -> None: ...
+    prefill: MethodSpec
+    def __init__(self, visual: _Optional[_Union[MethodSpec, _Mapping]] = ..., wire: _Optional[_Union[MethodSpec, _Mapping]] = ..., preset: _Optional[str] = ..., prefill: _Optional[_Union[MethodSpec, _Mapping]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("token_ids", "is_media", "media_index", "key", "tokens", "raw_tokens", "position_span", "position_reach")
@@ -273,7 +275,7 @@ class StepOutputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
-    __slots__ = ("worker_id", "cached_tokens", "computed_tokens", "images", "images_cached", "encode_ms", "prefill_ms", "kv_bytes_raw", "kv_bytes_kept", "kv_bytes_sent", "transfer_ms", "transfer_exposed_ms", "transport")
+    __slots__ = ("worker_id", "cached_tokens", "computed_tokens", "images", "images_cached", "encode_ms", "prefill_ms", "kv_bytes_raw", "kv_bytes_kept", "kv_bytes_sent", "transfer_ms", "transfer_exposed_ms", "transport", "visual_tokens_by_cut")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +289,7 @@ class PrefillReport(_message.Message):
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    VISUAL_TOKENS_BY_CUT_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     cached_tokens: int
     computed_tokens: int
@@ -300,7 +303,8 @@ class PrefillReport(_message.Message):
     transfer_ms: float
     transfer_exposed_ms: float
     transport: str
-    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., images: _Optional[int] = ..., images_cached: _Optional[int] = ..., encode_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
+    visual_tokens_by_cut: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., images: _Optional[int] = ..., images_cached: _Optional[int] = ..., encode_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ..., visual_tokens_by_cut: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Stats(_message.Message):
     __slots__ = ("values", "state")

@@ -164,6 +164,7 @@ def usage_message(usage: Usage) -> pb.Usage:
         transfer_exposed_ms=usage.transfer_exposed_ms,
         route_reason=usage.route_reason,
         compression=plan_text(usage.compression),
+        visual_tokens_by_cut=usage.visual_tokens_by_cut,
     )
 
 

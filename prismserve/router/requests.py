@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from prismserve.compression import loader, presets
+from prismserve.compression.wire import uniform
 from prismserve.core.errors import ContextLengthError, InvalidRequestError
 from prismserve.core.hashing import digest
 from prismserve.core.prompt import block_keys, elements, image_key
@@ -26,6 +27,7 @@ from prismserve.core.types import (
     Segment,
     TextSegment,
     namespace,
+    prefill_namespace,
     wire_namespace,
 )
 from prismserve.router.sampling import COMPLETION_MAX_TOKENS, parse_sampling, refuse_unserved
@@ -155,7 +157,7 @@ class RequestBuilder:
 
     def _plan(self, call: Call) -> CompressionPlan:
         """What the request asked for; of the server's default, what can act on what the request holds."""
-        plan = presets.resolve(call.compression, self._default)
+        plan = self._check_prefill(call, presets.resolve(call.compression, self._default))
         if not call.media or plan.visual.name == "none":
             return plan
         needs = frozenset(str(need) for need in loader.visual_method(plan.visual.name).needs)
@@ -176,6 +178,28 @@ class RequestBuilder:
             )
             raise InvalidRequestError(message, field="compression.visual")
         return plan
+
+    def _check_prefill(self, call: Call, plan: CompressionPlan) -> CompressionPlan:
+        """The plan, without a prefill method where there is nothing to reduce, or where the default cannot act."""
+        if plan.prefill.name == "none":
+            return plan
+        without = dataclasses.replace(plan, prefill=presets.resolve("none", "off").prefill)
+        if not call.media:
+            return without
+        method, field = loader.prefill_method(plan.prefill.name), "compression.prefill"
+        reason = ""
+        if not self._processor.prunable:
+            reason = f"cannot act on the visual tokens of {self._facts.name!r}; leave it out"
+        elif method.whole and plan.visual.name != "none":
+            reason = "needs every token of an image; ask for visual method 'none' with it"
+        if not reason:
+            method.cuts(loader.config_of(plan.prefill, "prefill"), self._facts.layout.layers)
+            # Which slots of a reduced layer hold text is not known before it is computed.
+            return dataclasses.replace(plan, wire=uniform(plan.wire))
+        if call.compression is None:
+            return dataclasses.replace(without, preset="custom")
+        message = f"{field}: method {method.name!r} {reason}"
+        raise InvalidRequestError(message, field=field)
 
     def _check_length(self, call: Call) -> None:
         if call.messages is not None:
@@ -200,7 +224,7 @@ class RequestBuilder:
         salt = tenant_salt(call.tenant.name, call.cache_salt)
         prompt = self._prompt(call, media, plan, salt)
         sampling = self._fit(call, prompt, sampling, settled=settled)
-        root = namespace(self._facts.fingerprint, self._facts.layout, salt)
+        root = prefill_namespace(namespace(self._facts.fingerprint, self._facts.layout, salt), plan.prefill)
         wire_root = wire_namespace(root, plan.wire, lossy=loader.codec(plan.wire.name).lossy)
         request = Request(
             request_id=uuid.uuid4().hex,

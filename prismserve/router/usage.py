@@ -21,7 +21,9 @@ class Usage:
     """The usage report of one request; OpenAI's counts and ours.
 
     Attributes:
-        prompt_tokens: cache slots of the prompt, after visual compression.
+        prompt_tokens: cache slots of the prompt, after visual compression; a prefill method does not change them.
+        visual_tokens_after: visual tokens that are left, in the last layer where layers differ.
+        visual_tokens_by_cut: visual tokens that a prefill method left behind each of its cuts; empty without one.
         cached_tokens: of those, how many were not prefilled again.
         images_cached: images and videos that were not encoded again.
         frames: frames of all videos, as the model saw them.
@@ -56,6 +58,7 @@ class Usage:
     route_reason: str
     compression: CompressionPlan
     attempts: int
+    visual_tokens_by_cut: tuple[int, ...] = ()
 
     def openai(self) -> dict[str, Any]:
         """The ``usage`` object of OpenAI's API with the block ``prismserve``."""
@@ -67,6 +70,7 @@ class Usage:
             "prismserve": {
                 "visual_tokens_before": self.visual_tokens_before,
                 "visual_tokens_after": self.visual_tokens_after,
+                "visual_tokens_by_cut": list(self.visual_tokens_by_cut),
                 "kv_bytes_before": self.kv_bytes_before,
                 "kv_bytes_after": self.kv_bytes_after,
                 "kv_bytes_sent": self.kv_bytes_sent,
@@ -93,10 +97,12 @@ class Usage:
 def plan_json(plan: CompressionPlan) -> dict[str, Any]:
     """A resolved plan as the API shows it: parameters without the method's version."""
     visual = {name: value for name, value in plan.visual.params if name != "version"}
+    prefill = {name: value for name, value in plan.prefill.params if name != "version"}
     wire = {name: value for name, value in plan.wire.params if name != "version"}
     return {
         "preset": plan.preset,
         "visual": {"method": plan.visual.name, **visual},
+        "prefill": {"method": plan.prefill.name, **prefill},
         "wire": {"codec": plan.wire.name, **wire},
     }
 
@@ -140,13 +146,14 @@ def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
     prompt, media = prepared.request.prompt, prepared.request.media
     report = served.report
     ttft_ms = served.ttft_s * 1e3
+    by_cut = report.visual_tokens_by_cut if report else ()
     busy_ms = report.encode_ms + report.prefill_ms + report.transfer_exposed_ms if report else 0.0
     return Usage(
         prompt_tokens=prompt.tokens,
         completion_tokens=served.completion_tokens,
         cached_tokens=min(report.cached_tokens, prompt.tokens) if report else 0,
         visual_tokens_before=prompt.visual_tokens_raw,
-        visual_tokens_after=prompt.visual_tokens,
+        visual_tokens_after=by_cut[-1] if by_cut else prompt.visual_tokens,
         kv_bytes_before=prompt.raw_tokens * token_bytes,
         kv_bytes_after=report.kv_bytes_kept if report and report.kv_bytes_kept else prompt.tokens * token_bytes,
         kv_bytes_sent=report.kv_bytes_sent if report else 0,
@@ -166,4 +173,5 @@ def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
         route_reason=served.first.reason,
         compression=prepared.request.compression,
         attempts=served.attempts,
+        visual_tokens_by_cut=by_cut,
     )
