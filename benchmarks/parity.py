@@ -74,7 +74,7 @@ def main() -> int:
             outcome = f"{'pass' if passed else 'FAIL'} {worst[column]:.1e}"
             cells.append(f"{worst[column]:.3f}" if column == "bf16" else outcome)
         table.add_row(family, *cells)
-    Console(width=100).print(table)
+    Console(width=140).print(table)
     return 1 if failed else 0
 
 
