@@ -147,8 +147,9 @@ def finish(handle: WriteHandle) -> None:
 
 
 class Ours:
-    """A link of ours. Over shm the write *is* the copy into the peer's memory; over nixl and nccl the encoder has put
-    the bytes into registered staging memory before, as raw NIXL's user has put them into registered memory.
+    """A link of ours.
+
+    Over shm the write *is* the copy into the peer's memory; over nixl and nccl the encoder has put the bytes into registered staging memory before, as raw NIXL's user has put them into registered memory.
     """
 
     def __init__(self, transport: str, source: torch.Tensor, peer: tuple[WorkerInfo, Reservation]) -> None:
@@ -260,7 +261,8 @@ def verified(transport: str, nbytes: int, rounds: int = 12) -> float:
     tokens = nbytes // LAYOUT.token_layer_bytes
     keys = torch.ones(tokens, LAYOUT.kv_heads, LAYOUT.head_dim)
     times: list[float] = []
-    with process(serve_ours, transport) as (connection, (info, reservation)):
+    with process(serve_ours, transport) as (connection, (info, granted)):
+        reservation = granted
         settings = config(transport)
         arena = Arena(settings)
         hub = TransportHub("source", arena, settings)

@@ -13,11 +13,13 @@ from datetime import timedelta
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from prismserve.core.errors import ConfigurationError, TransferError, TransportError
 from prismserve.kv_transfer.wire import NOTIFICATION_BYTES_MAX
 
+dist: Any = torch.distributed
+"""Untyped: the classes used here are not among those its stubs export."""
 KEEP_ALIVE_S: Final = 2.0
 SILENCE_S: Final = 20.0
 SERVER, CLIENT = 0, 1
