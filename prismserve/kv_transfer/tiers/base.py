@@ -50,7 +50,7 @@ class TierCounters:
         return self.read_bytes / self.read_s if self.read_s else 0.0
 
 
-class Tier(Protocol):
+class BlockTier(Protocol):
     """Blocks by key. Thread-safe.
 
     Attributes:

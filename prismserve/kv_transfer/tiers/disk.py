@@ -27,7 +27,7 @@ _CLOSE_TIMEOUT_S = 5.0
 
 
 class DiskTier:
-    """See :class:`prismserve.kv_transfer.tiers.base.Tier`.
+    """See :class:`prismserve.kv_transfer.tiers.base.BlockTier`.
 
     A read or write that fails drops that block. So many failures in a row that the drive must be taken for broken or
     full turn the tier off. A slot whose block failed its checksum is not used again until the next start.

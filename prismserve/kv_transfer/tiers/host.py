@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class HostTier:
-    """See :class:`prismserve.kv_transfer.tiers.base.Tier`.
+    """See :class:`prismserve.kv_transfer.tiers.base.BlockTier`.
 
     A block that is being read keeps its slot until the reader is done; one that fails its checksum takes its slot out
     of service, since memory that flipped a bit once may do so again.

@@ -26,7 +26,7 @@ from prismserve.kv_transfer.tiers.host import HostTier
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from prismserve.kv_transfer.tiers.base import Tier
+    from prismserve.kv_transfer.tiers.base import BlockTier
     from prismserve.kv_transfer.tiers.config import TierConfig
     from prismserve.kv_transfer.tiers.eviction import Label
 
@@ -100,7 +100,7 @@ class TierStore:
         self._thread.start()
 
     @property
-    def tiers(self) -> tuple[Tier, ...]:
+    def tiers(self) -> tuple[BlockTier, ...]:
         """The tiers that are on, fastest first."""
         return tuple(tier for tier in (self.host, self.disk) if tier is not None and tier.enabled)
 
@@ -114,11 +114,11 @@ class TierStore:
             except queue.Full:
                 self.counters.overflowed += 1
 
-    def tier_of(self, key: bytes) -> Tier | None:
+    def tier_of(self, key: bytes) -> BlockTier | None:
         """The fastest tier that holds a block."""
         return next((tier for tier in self.tiers if key in tier), None)
 
-    def held_run(self, keys: Sequence[bytes]) -> list[Tier]:
+    def held_run(self, keys: Sequence[bytes]) -> list[BlockTier]:
         """For the longest leading run of ``keys`` that is held, the fastest tier of each."""
         found = (self.tier_of(key) for key in keys)
         return list(takewhile(lambda tier: tier is not None, found))  # type: ignore[arg-type] # takewhile narrows nothing
@@ -163,7 +163,7 @@ class TierStore:
         if self.disk is not None:
             self.disk.close()
 
-    def _read(self, key: bytes, target: torch.Tensor) -> tuple[bool, Tier | None]:
+    def _read(self, key: bytes, target: torch.Tensor) -> tuple[bool, BlockTier | None]:
         for tier in self.tiers:
             outcome = tier.get(key, target)
             if outcome is Outcome.FOUND:
