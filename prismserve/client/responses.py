@@ -33,7 +33,9 @@ class Usage:
         prefill_worker: id of the worker that prefilled.
         decode_worker: id of the worker that decoded.
         images: images in the prompt.
-        images_cached: of these, how many were not encoded again.
+        images_cached: images and videos that were not encoded again.
+        videos: videos in the prompt.
+        frames: frames of all videos, as the model saw them.
         queue_ms: waited before prefill began.
         encode_ms: vision encoder and compression.
         prefill_ms: prompt through the decoder.
@@ -58,6 +60,8 @@ class Usage:
     decode_worker: str = ""
     images: int = 0
     images_cached: int = 0
+    videos: int = 0
+    frames: int = 0
     queue_ms: float = 0.0
     encode_ms: float = 0.0
     prefill_ms: float = 0.0

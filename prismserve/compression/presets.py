@@ -8,7 +8,7 @@ Accepted forms::
     {"preset": "balanced",                       what the object leaves out; the server default if absent
      "visual": {"method": "visionzip", "keep": 64},
      "prefill": {"method": "fastv", "keep": 0.5},
-     "wire": {"codec": "int8"}}
+     "wire": {"codec": "int4", "residual": 32, "text": "none"}}
 
 Inside an object a string stands for the bare name (``"wire": "int8"``), and leaving out ``method`` or ``codec`` keeps
 the one below and changes its parameters only. ``null`` is the same as absent.
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from prismserve.compression import loader
+from prismserve.compression import loader, wire
 from prismserve.core.errors import InvalidRequestError, UnknownMethodError
 from prismserve.core.types import CompressionPlan, MethodSpec
 
@@ -76,9 +76,9 @@ def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionP
     base = _base(asked.get("preset"), default)
     visual = _part(asked.get("visual"), "visual", base.visual)
     prefill = _part(asked.get("prefill"), "prefill", base.prefill)
-    wire = _part(asked.get("wire"), "wire", base.wire)
-    changed = (visual, prefill, wire) != (base.visual, base.prefill, base.wire)
-    return CompressionPlan(visual, wire, _CUSTOM if changed else base.preset, prefill)
+    on_wire = _part(asked.get("wire"), "wire", base.wire)
+    changed = (visual, prefill, on_wire) != (base.visual, base.prefill, base.wire)
+    return CompressionPlan(visual, on_wire, _CUSTOM if changed else base.preset, prefill)
 
 
 def _base(preset: Any, default: str) -> CompressionPlan:
@@ -102,8 +102,8 @@ def _named(name: str, default: str) -> CompressionPlan:
     """
     none = _spec("prefill", "none", {})
     if name in _PRESETS:
-        visual, params, wire = _PRESETS[name]
-        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", wire, {}), name, none)
+        visual, params, codec = _PRESETS[name]
+        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", codec, {}), name, none)
     visuals, prefills = loader.names("visual"), loader.names("prefill")
     if name not in visuals and name not in prefills:
         message = (
@@ -146,7 +146,10 @@ def _spec(stage: str, name: str, params: Mapping[str, Any]) -> MethodSpec:
         raise InvalidRequestError(message, field=f"{field}.{key}")
     method = loader.method_of("codec" if stage == "wire" else stage, name)
     _check_keys(params, (_STAGES[stage], *method.Config.model_fields), field)
-    return loader.normalise(method, params, field)
+    spec = loader.normalise(method, params, field)
+    if stage == "wire":
+        wire.table(spec)  # refuses a codec for text that there is not
+    return spec
 
 
 def _object(value: Any, field: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -30,6 +31,14 @@ class WorkerState(enum.StrEnum):
     READY = "ready"
     DRAINING = "draining"
     LOST = "lost"
+
+
+class Tier(enum.IntEnum):
+    """Where a worker keeps a block, fastest first. The numbers are part of stored and sent forms."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
 
 
 class FinishReason(enum.StrEnum):
@@ -129,21 +138,64 @@ class CompressionPlan:
         return self.visual.name == self.prefill.name == self.wire.name == "none"
 
 
+class MediaKind(enum.StrEnum):
+    """What a media item is."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
 @dataclass(frozen=True, slots=True)
-class MediaInput:
-    """One image of a request.
+class FrameTimes:
+    """When the frames of a video are shown.
 
     Attributes:
-        data: the encoded file (PNG, JPEG or WebP), already validated.
-        pixel_hash: 32 bytes over mode, shape and pixels after decoding.
+        seconds: of each frame, from the start of the video; ascending, at least one.
+        rate: frames per second of these frames, on average over the whole video.
+    """
+
+    seconds: tuple[float, ...]
+    rate: float
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are."""
+        return len(self.seconds)
+
+    def packed(self) -> bytes:
+        """Bytes that differ wherever the times do."""
+        return struct.pack(f"<{self.frames + 1}d", self.rate, *self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInput:
+    """One image or video of a request, already validated.
+
+    Attributes:
+        data: of an image, the encoded file (PNG, JPEG or WebP). Of a video, the samples of the frames that were
+            chosen, uint8 [frames, height, width, 3] in RGB: the container is opened once, where it arrives, and every
+            worker sees the same pixels whatever decoder it has.
+        pixel_hash: 32 bytes over mode, shape and pixels after decoding; of a video, over its times too.
         width_px: width after decoding.
         height_px: height after decoding.
+        times: of a video, when its frames are shown; None for an image.
     """
 
     data: bytes
     pixel_hash: bytes
     width_px: int
     height_px: int
+    times: FrameTimes | None = None
+
+    @property
+    def kind(self) -> MediaKind:
+        """Image or video."""
+        return MediaKind.IMAGE if self.times is None else MediaKind.VIDEO
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 0 for an image."""
+        return 0 if self.times is None else self.times.frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +222,7 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class MediaSegment:
-    """The place of one image in a prompt.
+    """The place of one image or video in a prompt.
 
     Attributes:
         media_index: which entry of ``Request.media``.
@@ -179,6 +231,8 @@ class MediaSegment:
         raw_tokens: cache slots it would take without compression.
         position_span: how far the position of what follows lies behind its first; None where every raw token has a
             position of its own (survivors keep theirs).
+        position_reach: one more than the last of its positions, counted from its first; None where that is the span.
+            The time of a long video may reach beyond the position of the text behind it.
     """
 
     media_index: int
@@ -186,11 +240,17 @@ class MediaSegment:
     tokens: int
     raw_tokens: int
     position_span: int | None = None
+    position_reach: int | None = None
 
     @property
     def positions(self) -> int:
         """Positions it spans."""
         return self.raw_tokens if self.position_span is None else self.position_span
+
+    @property
+    def reach(self) -> int:
+        """One more than the last of its positions, counted from its first."""
+        return self.positions if self.position_reach is None else self.position_reach
 
 
 Segment: TypeAlias = TextSegment | MediaSegment
@@ -198,7 +258,7 @@ Segment: TypeAlias = TextSegment | MediaSegment
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Text and image segments in order."""
+    """Text and media segments in order."""
 
     segments: tuple[Segment, ...]
 
@@ -214,8 +274,13 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Position of the first generated token: one more than the last of the prompt."""
-        return sum(s.positions for s in self.segments)
+        """Position of the first generated token: one more than the highest of the prompt."""
+        following = highest = 0
+        for segment in self.segments:
+            if isinstance(segment, MediaSegment):
+                highest = max(highest, following + segment.reach)
+            following += segment.positions
+        return max(following, highest)
 
     @property
     def visual_tokens(self) -> int:
@@ -228,7 +293,7 @@ class Prompt:
         return sum(s.raw_tokens for s in self.segments if isinstance(s, MediaSegment))
 
     def media_segments(self) -> Iterator[MediaSegment]:
-        """The image segments in order."""
+        """The segments of images and videos in order."""
         return (s for s in self.segments if isinstance(s, MediaSegment))
 
 
@@ -425,6 +490,7 @@ class Payload:
         offset_bytes: from the start of the extent.
         encoded_bytes: length.
         checksum: 16 bytes, XXH3-128 over the encoded bytes.
+        codec: how it is encoded, as a place in ``compression.wire.table`` of the transfer's codec; 0 for an embedding.
     """
 
     layer: int
@@ -433,6 +499,7 @@ class Payload:
     offset_bytes: int
     encoded_bytes: int
     checksum: bytes
+    codec: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,7 +515,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

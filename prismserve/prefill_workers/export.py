@@ -7,8 +7,6 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from prismserve.engine.engine import ExportView
     from prismserve.engine.pool import KVPool
     from prismserve.kv_transfer.sender import Outgoing
@@ -77,14 +75,8 @@ class Export:
         if end - start < PUSH_TOKENS and not (end > start and end == view.layer_tokens[layer]):
             return
         self._pushed[layer] = end
-        pool, table, tables, rows = self._pool, view.table, view.layer_tables, outgoing.exact
-
-        def read(index: int, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if tables is not None:
-                return pool.read_blocks(tables[index], first, tokens, rows=rows)
-            return (pool.read_rows if rows else pool.read)(index, table, first, tokens)
-
-        outgoing.push_from(layer, start, end - start, read)
+        reader = self._pool.reader(view.table, view.layer_tables)
+        outgoing.push_from(layer, start, end - start, reader)
 
     def complete(self, layer_tokens: tuple[int, ...]) -> None:
         """Push what is left: the prefill is over, and each layer holds so many slots."""

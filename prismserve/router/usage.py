@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prismserve.core.hashing import canonical_json
+from prismserve.core.types import MediaKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,8 @@ class Usage:
         visual_tokens_after: visual tokens that are left, in the last layer where layers differ.
         visual_tokens_by_cut: visual tokens that a prefill method left behind each of its cuts; empty without one.
         cached_tokens: of those, how many were not prefilled again.
+        images_cached: images and videos that were not encoded again.
+        frames: frames of all videos, as the model saw them.
         kv_bytes_before: KV of the prompt without any compression, in bytes.
         kv_bytes_after: KV that was kept, in bytes of the resident type.
         kv_bytes_sent: KV that crossed between workers, as encoded.
@@ -48,6 +51,8 @@ class Usage:
     transfer_exposed_ms: float
     images: int
     images_cached: int
+    videos: int
+    frames: int
     prefill_worker: str
     decode_worker: str
     route_reason: str
@@ -78,6 +83,8 @@ class Usage:
                 "transfer_exposed_ms": round(self.transfer_exposed_ms, 3),
                 "images": self.images,
                 "images_cached": self.images_cached,
+                "videos": self.videos,
+                "frames": self.frames,
                 "prefill_worker": self.prefill_worker,
                 "decode_worker": self.decode_worker,
                 "route_reason": self.route_reason,
@@ -136,7 +143,7 @@ def combine(usages: Sequence[Usage]) -> Usage:
 
 def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
     """Compose the report of a finished request; ``token_bytes`` is the KV of one token over all layers."""
-    prompt = prepared.request.prompt
+    prompt, media = prepared.request.prompt, prepared.request.media
     report = served.report
     ttft_ms = served.ttft_s * 1e3
     by_cut = report.visual_tokens_by_cut if report else ()
@@ -157,7 +164,9 @@ def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
         prefill_ms=report.prefill_ms if report else 0.0,
         transfer_ms=report.transfer_ms if report else 0.0,
         transfer_exposed_ms=report.transfer_exposed_ms if report else 0.0,
-        images=len(prepared.request.media),
+        images=sum(item.kind is MediaKind.IMAGE for item in media),
+        videos=sum(item.kind is MediaKind.VIDEO for item in media),
+        frames=sum(item.frames for item in media),
         images_cached=report.images_cached if report else 0,
         prefill_worker=served.first.prefill_worker or served.first.decode_worker,
         decode_worker=served.last.decode_worker,

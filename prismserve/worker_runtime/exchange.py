@@ -233,11 +233,8 @@ class Exchange:
                 return pb.PushReply(found=False, refusal=f"{len(pinned.table)} of {len(keys)} blocks are held")
             outgoing = self._outgoing(message, peer)
             pool, table = runtime.engine.pool, pinned.table
-            read = pool.read_rows if outgoing.exact else pool.read
             for layer in range(runtime.engine.layout.layers):
-                outgoing.push_from(
-                    layer, 0, pinned.tokens, lambda index, start, tokens: read(index, table, start, tokens)
-                )
+                outgoing.push_from(layer, 0, pinned.tokens, pool.reader(table))
             layer_tokens = (pinned.tokens,) * runtime.engine.layout.layers
             return pb.PushReply(found=True, manifest=await self._finish(message, outgoing, layer_tokens))
         finally:

@@ -70,7 +70,7 @@ class World:
             cluster_secret=SECRET,
             index_url=self.url,
             engine=changes.pop("engine", EngineConfig(kv_cache_bytes=48 << 20)),
-            transfer=changes.pop("transfer", TransferConfig(arena_bytes=32 << 20)),
+            transfer=changes.pop("transfer", TransferConfig(arena_bytes=32 << 20, link_choice="order")),
             drain_timeout_s=1.0,
             **changes,
         )

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from prismserve.compression.base import Stage
+from prismserve.compression.codec._sections import join
 from prismserve.core.config import FrozenConfig
 from prismserve.core.errors import IncompatibleLayoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prismserve.core.types import KVLayout
 
 
@@ -34,9 +37,18 @@ class NoCodec:
         """``tokens`` times the layout's bytes of one token in one layer."""
         return tokens * layout.token_layer_bytes
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor, config: FrozenConfig) -> torch.Tensor:  # noqa: ARG002
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, config: FrozenConfig) -> torch.Tensor:
         """Copy both tensors into one uint8 vector."""
-        return torch.cat([keys.reshape(-1), values.reshape(-1)]).view(torch.uint8)
+        return join(self.parts(keys, values, config))
+
+    def parts(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        config: FrozenConfig,  # noqa: ARG002 - no parameters
+    ) -> Sequence[torch.Tensor]:
+        """Both tensors as they are."""
+        return keys, values
 
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: FrozenConfig
