@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, runtime_checkable
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -13,6 +13,8 @@ from pydantic_core import PydanticCustomError
 from prismserve.core.config import FrozenConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from prismserve.core.types import KVLayout
@@ -113,6 +115,22 @@ class KeepConfig(FrozenConfig):
         return max(1, min(tokens, int(wanted)))
 
 
+SAME_CODEC: Final = "same"
+"""The value of ``WireConfig.text`` for: text is encoded as images are."""
+
+
+class WireConfig(FrozenConfig):
+    """What every lossy codec takes beside its own parameters; :mod:`prismserve.compression.wire` carries it out.
+
+    Attributes:
+        residual: this many last tokens of the prompt are sent exactly (KIVI's residual window).
+        text: codec of text tokens, with its defaults: a codec's name, or "same".
+    """
+
+    residual: int = Field(default=0, ge=0, le=65536, strict=True)
+    text: str = Field(default=SAME_CODEC, min_length=1, max_length=64)
+
+
 class VisualMethod(Protocol):
     """A method that reduces the tokens of one image or video. A file ``visual/<name>.py`` exports one as ``METHOD``."""
 
@@ -150,8 +168,9 @@ class Codec(Protocol):
         """Encode one layer.
 
         Args:
-            keys: [T, kv_heads, head_dim], after RoPE.
-            values: [T, kv_heads, head_dim].
+            keys: [T, kv_heads, head_dim], after RoPE. A codec that is not ``lossy`` gets them as they lie in memory:
+                from a quantised pool uint8 [T, kv_heads, row_bytes], codes followed by their scales.
+            values: as ``keys``.
             config: an instance of ``Config``.
 
         Returns:
@@ -162,5 +181,14 @@ class Codec(Protocol):
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype."""
+        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype, or the rows it was given."""
+        ...
+
+
+@runtime_checkable
+class EncodesParts(Protocol):
+    """A codec that hands out its encoding in pieces, which saves a copy of everything that is sent."""
+
+    def parts(self, keys: torch.Tensor, values: torch.Tensor, config: Any) -> Sequence[torch.Tensor]:
+        """Tensors whose bytes one after another are what ``Codec.encode`` returns; the inputs themselves are allowed."""
         ...

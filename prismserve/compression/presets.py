@@ -6,7 +6,7 @@ Accepted forms::
     "visionzip"                                  a visual method with its defaults
     {"preset": "balanced",                       what the object leaves out; the server default if absent
      "visual": {"method": "visionzip", "keep": 64},
-     "wire": {"codec": "int8"}}
+     "wire": {"codec": "int4", "residual": 32, "text": "none"}}
 
 Inside an object a string stands for the bare name (``"wire": "int8"``), and leaving out ``method`` or ``codec`` keeps
 the one below and changes its parameters only. ``null`` is the same as absent.
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from prismserve.compression import loader
+from prismserve.compression import loader, wire
 from prismserve.core.errors import InvalidRequestError, UnknownMethodError
 from prismserve.core.types import CompressionPlan, MethodSpec
 
@@ -76,9 +76,9 @@ def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionP
     _check_keys(asked, ("preset", *_STAGES), FIELD)
     base = _base(asked.get("preset"), default)
     visual = _part(asked.get("visual"), "visual", base.visual)
-    wire = _part(asked.get("wire"), "wire", base.wire)
-    changed = (visual, wire) != (base.visual, base.wire)
-    return CompressionPlan(visual, wire, _CUSTOM if changed else base.preset)
+    on_wire = _part(asked.get("wire"), "wire", base.wire)
+    changed = (visual, on_wire) != (base.visual, base.wire)
+    return CompressionPlan(visual, on_wire, _CUSTOM if changed else base.preset)
 
 
 def _base(preset: Any, default: str) -> CompressionPlan:
@@ -98,8 +98,8 @@ def _base(preset: Any, default: str) -> CompressionPlan:
 def _named(name: str, default: str) -> CompressionPlan:
     """The plan of a preset or visual method name; a method leaves the wire to ``default``, none if that is empty."""
     if name in _PRESETS:
-        visual, params, wire = _PRESETS[name]
-        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", wire, {}), name)
+        visual, params, codec = _PRESETS[name]
+        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", codec, {}), name)
     methods = loader.names("visual")
     if name not in methods:
         message = f"unknown {FIELD} {name!r}; presets: {', '.join(_PRESETS)}; visual methods: {', '.join(methods)}"
@@ -137,7 +137,10 @@ def _spec(stage: str, name: str, params: Mapping[str, Any]) -> MethodSpec:
         raise InvalidRequestError(message, field=f"{field}.{key}")
     method: VisualMethod | Codec = loader.visual_method(name) if stage == "visual" else loader.codec(name)
     _check_keys(params, (_STAGES[stage], *method.Config.model_fields), field)
-    return loader.normalise(method, params, field)
+    spec = loader.normalise(method, params, field)
+    if stage == "wire":
+        wire.table(spec)  # refuses a codec for text that there is not
+    return spec
 
 
 def _object(value: Any, field: str) -> Mapping[str, Any]:

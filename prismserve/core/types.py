@@ -33,6 +33,14 @@ class WorkerState(enum.StrEnum):
     LOST = "lost"
 
 
+class Tier(enum.IntEnum):
+    """Where a worker keeps a block, fastest first. The numbers are part of stored and sent forms."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
 class FinishReason(enum.StrEnum):
     """Why generation ended; the values are OpenAI's, plus ``error`` and ``abort``."""
 
@@ -297,6 +305,8 @@ class Request:
         namespace: 32 bytes: model, KV layout and tenant; the root of the block-key chain.
         wire_namespace: root of the chain for KV that crossed the wire; equals ``namespace`` for exact codecs,
             because KV restored from a lossy codec is not interchangeable with the KV it came from.
+        tenant: names who caches what on a worker; "" is the default tenant.
+        cache_share: part of a worker's KV blocks that cached prefixes of this tenant may fill while others want room.
         resume_token_ids: tokens already emitted by an earlier attempt, continued and not emitted again.
         timeout_s: time left for the whole request when the message was sent, in seconds.
     """
@@ -312,6 +322,8 @@ class Request:
     resume_token_ids: tuple[int, ...] = ()
     priority: int = 0
     timeout_s: float = 600.0
+    tenant: str = ""
+    cache_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +331,11 @@ class KVLayout:
     """What makes KV bytes interchangeable between two workers.
 
     A block holds ``block_tokens`` tokens of one layer: K and V, each [block_tokens, kv_heads, head_dim].
+
+    Attributes:
+        dtype: of keys and values as attention and codecs see them.
+        kv_format: how they lie in memory: ``plain`` in ``dtype``; ``fp8``, ``int8`` or ``int4`` as codes with a float16
+            scale (for int4 also an offset) per token, head and side.
     """
 
     dtype: str
@@ -327,20 +344,37 @@ class KVLayout:
     head_dim: int
     block_tokens: int
     position_scheme: str = "rope"
+    kv_format: str = "plain"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values lie in memory as codes."""
+        return self.kv_format != "plain"
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element of ``dtype``."""
         return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes in memory of one row: the keys or the values of one token and head."""
+        scale_bytes = 2
+        return {
+            "plain": self.head_dim * self.dtype_bytes,
+            "fp8": self.head_dim + scale_bytes,
+            "int8": self.head_dim + scale_bytes,
+            "int4": self.head_dim // 2 + 2 * scale_bytes,
+        }[self.kv_format]
+
+    @property
     def token_layer_bytes(self) -> int:
-        """Bytes of K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+        """Bytes in memory of K and V of one token in one layer."""
+        return 2 * self.kv_heads * self.row_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of K and V of one token over all layers."""
+        """Bytes in memory of K and V of one token over all layers."""
         return self.layers * self.token_layer_bytes
 
     def fingerprint(self) -> bytes:
@@ -348,7 +382,15 @@ class KVLayout:
         return digest(
             "kv-layout",
             canonical_json(
-                [self.dtype, self.layers, self.kv_heads, self.head_dim, self.block_tokens, self.position_scheme]
+                [
+                    self.dtype,
+                    self.layers,
+                    self.kv_heads,
+                    self.head_dim,
+                    self.block_tokens,
+                    self.position_scheme,
+                    self.kv_format,
+                ]
             ),
         )
 
@@ -446,6 +488,7 @@ class Payload:
         offset_bytes: from the start of the extent.
         encoded_bytes: length.
         checksum: 16 bytes, XXH3-128 over the encoded bytes.
+        codec: how it is encoded, as a place in ``compression.wire.table`` of the transfer's codec; 0 for an embedding.
     """
 
     layer: int
@@ -454,6 +497,7 @@ class Payload:
     offset_bytes: int
     encoded_bytes: int
     checksum: bytes
+    codec: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,7 +513,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from prismserve.compression.wire import Slots
 from prismserve.core.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -209,7 +211,7 @@ class Landing:
         if message.layout_fingerprint != runtime.engine.layout.fingerprint():
             text = (
                 f"KV layouts differ: worker {message.source_worker} and worker {runtime.info.worker_id} "
-                f"({runtime.engine.layout}) must run the same model, dtype and block size"
+                f"({runtime.engine.layout}) must run the same model, dtype, KV format and block size"
             )
             raise IncompatibleLayoutError(text, request_id=request.request_id)
         try:
@@ -234,7 +236,8 @@ class Landing:
             prompt_tokens=ticket.prompt_tokens,
             cached_tokens=ticket.cached_tokens,
         )
-        nbytes = reserve_bytes(missing, codec, runtime.engine.layout)
+        slots = Slots.of(request.prompt, ticket.prompt_tokens)
+        nbytes = reserve_bytes(missing, codec, runtime.engine.layout, slots)
         arrival.reservation = runtime.receiver.reserve(expected, nbytes, runtime.engine.import_writer(ticket))
         return arrival.reservation
 
@@ -256,6 +259,7 @@ class Landing:
         runtime, request = self._runtime, arrival.request
         ticket = arrival.ticket.result()
         arrival.committing = True
+        began_s = time.monotonic()
         try:
             if set(manifest.layer_tokens) != {ticket.prompt_tokens}:
                 text = f"manifest covers {manifest.layer_tokens} tokens, expected {ticket.prompt_tokens} in every layer"
@@ -273,6 +277,9 @@ class Landing:
             await self._abandon(arrival)
             raise
         self._forget(arrival)
+        # What the sender could not know: how long its last bytes took to be verified and decoded here.
+        settled_ms = (time.monotonic() - began_s) * 1e3
+        report = dataclasses.replace(report, transfer_exposed_ms=report.transfer_exposed_ms + settled_ms)
         await runtime.on_engine(
             lambda engine: engine.finish_import(
                 ticket, request, manifest.first_token_ids, manifest.next_position, report, manifest.first_logprobs

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from prismserve.core.errors import EngineError, OutOfBlocksError
 from prismserve.core.prompt import block_key
-from prismserve.engine.prefix_cache import PrefixCache, PrefixMatch
+from prismserve.engine.prefix_cache import CacheOwner, PrefixCache, PrefixMatch
 from prismserve.engine.ragged import RaggedLayers, check_tables
 from prismserve.engine.scheduler import Room
 from prismserve.engine.swap import SwapSpace
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
     from prismserve.engine.pool import KVPool
     from prismserve.engine.sequence import Sequence
+
+
+def owner_of(sequence: Sequence) -> CacheOwner:
+    """Whose the blocks of a sequence are once they are cached."""
+    return CacheOwner(sequence.request.tenant, sequence.request.cache_share)
 
 
 class BlockManager:
@@ -80,7 +85,7 @@ class BlockManager:
         sources = [source] if source is not None else []
         self.pool.retain(sources)
         try:
-            fresh = self.prefix.allocate(wanted)
+            fresh = self.prefix.allocate(wanted, owner_of(sequence))
         except EngineError:
             self.prefix.release([*held, *sources])
             raise
@@ -101,7 +106,7 @@ class BlockManager:
         held = self.prefix.held_run(sequence.keys[:blocks])
         self.pool.retain(held)
         try:
-            fresh = self.prefix.allocate(blocks - len(held))
+            fresh = self.prefix.allocate(blocks - len(held), owner_of(sequence))
         except EngineError:
             self.prefix.release(held)
             raise
@@ -116,7 +121,7 @@ class BlockManager:
             return
         missing = self.growth(sequence).blocks
         if missing:
-            sequence.table.extend(self.prefix.allocate(missing))
+            sequence.table.extend(self.prefix.allocate(missing, owner_of(sequence)))
 
     def compact(self, sequence: Sequence, layer: int, keep: torch.Tensor) -> None:
         """Keep some of a layer's slots: see :meth:`prismserve.engine.ragged.RaggedLayers.compact`."""
@@ -176,7 +181,7 @@ class BlockManager:
             parent = sequence.keys[index - 1] if index else sequence.namespace
             own = sequence.table[index]
             slots = sequence.slots[index * block : (index + 1) * block]
-            listed = self.prefix.insert(parent, sequence.keys[index], own, slots)
+            listed = self.prefix.insert(parent, sequence.keys[index], own, slots, owner_of(sequence))
             if listed != own:
                 if not movable:
                     sequence.publishable = False
@@ -194,7 +199,8 @@ class BlockManager:
         if computed and sequence.publishable and sequence.published == index and self.prefix.enabled:
             parent = sequence.keys[index - 1] if index else sequence.namespace
             slots = sequence.slots[index * block : sequence.cached]
-            self.prefix.insert(parent, block_key(parent, slots), sequence.table[index], slots)
+            key = block_key(parent, slots)
+            self.prefix.insert(parent, key, sequence.table[index], slots, owner_of(sequence))
 
     def release(self, sequence: Sequence) -> None:
         """Drop the sequence's blocks."""

@@ -26,7 +26,7 @@ from prismserve.engine.pool import KVPool
 from prismserve.engine.profile import profile_bytes
 from prismserve.engine.runner import ModelRunner
 from prismserve.engine.sequence import Sequence, State, Work
-from prismserve.engine.sizing import free_memory, kv_dtype, plan_kv_groups
+from prismserve.engine.sizing import free_memory, kv_dtype, kv_format, plan_kv_groups
 from prismserve.engine.stepper import Stepper
 from prismserve.engine.vision import VisionPipeline
 
@@ -83,6 +83,7 @@ class Engine:
             head_dim=decoder.head_dim,
             block_tokens=config.block_tokens,
             position_scheme=decoder.position_scheme,
+            kv_format=kv_format(config.kv_cache_dtype, decoder.head_dim),
         )
         free, share = free_memory(model.device)
         if config.kv_cache_bytes is None:
@@ -127,7 +128,7 @@ class Engine:
             worker: ``local`` prefills and decodes here; ``prefill`` stops after the first token and keeps the
                 blocks until :meth:`release_export`.
             sink_factory: called in the engine thread when the blocks are allocated, before the first layer runs.
-            taps: query rows of the prompt to score, in which layers; to be read once the first token is out.
+            taps: what to look at in the prompt, in which layers; to be read once the first token is out.
             matcher: of the request's constraint, if it has one, from ``constraints.compile``; the engine's from now on.
 
         Raises:
@@ -141,9 +142,11 @@ class Engine:
         namespace = request.namespace if work is Work.PREFILL else request.wire_namespace
         sequence = self._create(request, work, namespace, matcher)
         self._check_new(sequence)
-        if taps is not None and (max(taps.layers) >= self.layout.layers or max(taps.slots) >= sequence.length):
-            message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
-            raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+        if taps is not None:
+            if max(taps.layers) >= self.layout.layers or max(taps.all_slots) >= sequence.length:
+                message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
+                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+            taps.begin(sequence.length, exact_keys=self.layout.quantised)
         sequence.taps = taps
         self._sequences[sequence.identity] = sequence
         self._stepper.add(sequence, sink_factory)

@@ -3,7 +3,8 @@
 A uniform sequence has one table of groups. Once a layer is compacted, each layer has a table of single-layer blocks:
 first those of whole groups the sequence still shares with others (its base, kept in ``Sequence.table``), then blocks of
 its own. Where heads keep different tokens, each head's tokens lie compacted in the same slots, equally many per head.
-Keys are stored after RoPE, so what moves keeps its position.
+Keys are stored after RoPE, so what moves keeps its position. Where the pool is quantised, codes and scales move as they
+are.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ class RaggedLayers:
         table = self._break_up(sequence)[layer]
         self._move(table, rows, min(table.shared, leading // layout.block_tokens), fresh)
         self._trim_base(sequence)
+        if sequence.taps is not None:
+            sequence.taps.compact(layer, rows)
         sequence.publishable = False
         sequence.compactions.append(Compaction(sequence.cached, layer, keep.detach().to("cpu").clone()))
 
@@ -216,7 +219,7 @@ class RaggedLayers:
         """Gather the kept slots and write them behind the ``staying`` shared blocks, reusing owned ones first."""
         pool = self._pool
         wanted = pool.blocks_for(rows.shape[1]) - staying
-        keys, values = pool.read_blocks(table.blocks, 0, table.tokens)
+        keys, values = pool.read_blocks(table.blocks, 0, table.tokens, rows=True)
         first = staying * pool.block_tokens
         index = rows[:, first:].T[:, :, None].to(keys.device)
         index = index.expand(-1, keys.shape[1], keys.shape[2])

@@ -10,7 +10,8 @@ import torch
 from prismserve.core.errors import EngineError
 from prismserve.engine.attention import PagedAttention
 from prismserve.engine.masking import MaskedAttention
-from prismserve.engine.taps import TappedAttention, tapped
+from prismserve.engine.tapped import TappedAttention, tapped
+from prismserve.kernels.dispatch import use_triton_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,7 +64,10 @@ class ModelRunner:
         deepstack = self._place_images(x, items)
         attention = self._attention(items, slots)
         rotary = decoder.rotary(positions)
+        taps = attention if isinstance(attention, TappedAttention) else None
         for layer in range(decoder.config.layers):
+            if taps is not None:
+                taps.enter(layer, x)
             x = decoder.layer(layer, x, rotary, attention)
             if deepstack is not None and layer < decoder.config.deepstack_layers:
                 x = x.index_add(0, deepstack[0], deepstack[1][layer])
@@ -84,7 +88,7 @@ class ModelRunner:
         if any(item.sequence.ragged is not None for item in items[: len(uniform)]):
             message = "ragged sequences must come last in a batch"
             raise EngineError(message)
-        attention: AttentionBackend = PagedAttention(
+        paged = PagedAttention(
             self._pool,
             [item.sequence.table for item in uniform],
             [item.start for item in uniform],
@@ -93,9 +97,13 @@ class ModelRunner:
             [(item.sequence.ragged or (), item.tokens) for item in items[len(uniform) :]],
         )
         config = self._model.decoder.config
-        if config.windows or config.bidirectional_images:
-            attention = MaskedAttention(attention, config, self._pool, items, slots)
-        return TappedAttention(attention, self._pool, items) if tapped(items) else attention
+        masked = bool(config.windows) or config.bidirectional_images
+        attention = MaskedAttention(paged, config, self._pool, items, slots) if masked else paged
+        if not tapped(items):
+            return attention
+        # The kernels return log-sum-exps at no cost; the fused attention of a CPU does not, and must not be replaced.
+        with_lse = paged.attend_with_lse if not masked and use_triton_on(self._pool.device) else None
+        return TappedAttention(attention, self._pool, items, config, with_lse)
 
     def _inputs(self, items: Sequence[RunItem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, positions and cache slots on the model's device: [T] int64 each; positions may be [3, T]."""
@@ -125,7 +133,7 @@ class ModelRunner:
         else:
             parts = list(zip(*pieces, strict=True))
             ids, positions, slots = torch.cat(parts[0]), _joined(parts[1]), torch.cat(parts[2])
-        device = self._pool.storage.device
+        device = self._pool.device
         return ids.to(device), positions.to(device), slots.to(device)
 
     def _prefill_inputs(self, item: RunItem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

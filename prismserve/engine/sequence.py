@@ -204,6 +204,8 @@ class Sequence:
     def advance(self, tokens: int) -> None:
         """``tokens`` more slots hold KV, in every layer."""
         self.cached += tokens
+        if self.taps is not None:
+            self.taps.advance(self.cached)
         for table in self.ragged or ():
             table.tokens += tokens
 
@@ -253,6 +255,8 @@ class Sequence:
         self.replay = self.compactions + self.replay
         self.compactions = []
         self.cached = self.published = 0
+        if self.taps is not None:
+            self.taps.reset()
         self.ids = self.positions = None
         self.state = State.WAITING
 

@@ -74,10 +74,7 @@ class Export:
         if end - start < PUSH_TOKENS and not (end > start and end == view.prompt_tokens):
             return
         self._pushed[layer] = end
-        pool, table = self._pool, view.table
-        outgoing.push_from(
-            layer, start, end - start, lambda index, first, tokens: pool.read(index, table, first, tokens)
-        )
+        outgoing.push_from(layer, start, end - start, self._pool.reader(view.table))
 
     def cancel(self) -> None:
         """Push nothing more."""

@@ -8,6 +8,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from prismserve.compression.wire import Slots
 from prismserve.core.errors import (
     DeadlineExceededError,
     EngineError,
@@ -167,7 +168,8 @@ class PushJob:
                 f"worker {submission.target_worker} refused room: {reply.refusal}", request_id=request.request_id
             )
         reservation = convert.reservation_from_proto(reply)
-        self._outgoing = Outgoing(runtime.hub, peer.info, reservation, request.compression.wire, layout)
+        slots = Slots.of(request.prompt, message.prompt_tokens)
+        self._outgoing = Outgoing(runtime.hub, peer.info, reservation, request.compression.wire, layout, slots)
         self._export.attach(self._outgoing)
         return peer, reservation
 

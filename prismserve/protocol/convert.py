@@ -194,6 +194,8 @@ def request_to_proto(request: Request) -> pb.Request:
         resume_token_ids=request.resume_token_ids,
         priority=request.priority,
         timeout_s=request.timeout_s,
+        tenant=request.tenant,
+        cache_share=request.cache_share,
     )
 
 
@@ -221,6 +223,8 @@ def request_from_proto(message: pb.Request) -> Request:
         resume_token_ids=tuple(message.resume_token_ids),
         priority=message.priority,
         timeout_s=message.timeout_s,
+        tenant=message.tenant,
+        cache_share=message.cache_share,
     )
 
 
@@ -356,6 +360,7 @@ def payloads_to_proto(payloads: Sequence[Payload]) -> list[pb.Payload]:
             offset_bytes=p.offset_bytes,
             encoded_bytes=p.encoded_bytes,
             checksum=p.checksum,
+            codec=p.codec,
         )
         for p in payloads
     ]
@@ -368,7 +373,7 @@ def payloads_from_proto(messages: Iterable[pb.Payload]) -> tuple[Payload, ...]:
         if len(m.checksum) != CHECKSUM_BYTES:
             text = f"payload checksum must be {CHECKSUM_BYTES} bytes, got {len(m.checksum)}"
             raise TransferError(text, field="payloads.checksum")
-        out.append(Payload(m.layer, m.start_token, m.tokens, m.offset_bytes, m.encoded_bytes, m.checksum))
+        out.append(Payload(m.layer, m.start_token, m.tokens, m.offset_bytes, m.encoded_bytes, m.checksum, m.codec))
     return tuple(out)
 
 

@@ -149,7 +149,7 @@ class Constraint(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "attempt", "namespace", "wire_namespace", "segments", "media", "sampling", "compression", "resume_token_ids", "priority", "timeout_s")
+    __slots__ = ("request_id", "attempt", "namespace", "wire_namespace", "segments", "media", "sampling", "compression", "resume_token_ids", "priority", "timeout_s", "tenant", "cache_share")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,8 @@ class Request(_message.Message):
     RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SHARE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     namespace: bytes
@@ -172,7 +174,9 @@ class Request(_message.Message):
     resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
     priority: int
     timeout_s: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., namespace: _Optional[bytes] = ..., wire_namespace: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., media: _Optional[_Iterable[_Union[MediaInput, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[CompressionPlan, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    tenant: str
+    cache_share: float
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., namespace: _Optional[bytes] = ..., wire_namespace: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., media: _Optional[_Iterable[_Union[MediaInput, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[CompressionPlan, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., tenant: _Optional[str] = ..., cache_share: _Optional[float] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("hello", "submit", "cancel")
@@ -366,20 +370,22 @@ class ReserveReply(_message.Message):
     def __init__(self, granted: _Optional[bool] = ..., refusal: _Optional[str] = ..., retryable: _Optional[bool] = ..., lease_id: _Optional[int] = ..., extent: _Optional[_Union[Extent, _Mapping]] = ..., page_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
 
 class Payload(_message.Message):
-    __slots__ = ("layer", "start_token", "tokens", "offset_bytes", "encoded_bytes", "checksum")
+    __slots__ = ("layer", "start_token", "tokens", "offset_bytes", "encoded_bytes", "checksum", "codec")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     START_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENCODED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     layer: int
     start_token: int
     tokens: int
     offset_bytes: int
     encoded_bytes: int
     checksum: bytes
-    def __init__(self, layer: _Optional[int] = ..., start_token: _Optional[int] = ..., tokens: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., encoded_bytes: _Optional[int] = ..., checksum: _Optional[bytes] = ...) -> None: ...
+    codec: int
+    def __init__(self, layer: _Optional[int] = ..., start_token: _Optional[int] = ..., tokens: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., encoded_bytes: _Optional[int] = ..., checksum: _Optional[bytes] = ..., codec: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("version", "request_id", "attempt", "source_worker", "source_epoch", "namespace", "layout_fingerprint", "codec", "layer_tokens", "next_position", "first_token_ids", "payloads", "raw_bytes", "first_logprobs")

@@ -11,6 +11,7 @@ from prismserve.core.errors import NotFoundError
 from prismserve.models.processing import ChatMessage, ImageSlot, VideoSlot
 from prismserve.router.fields import array, mapping, refuse, text
 from prismserve.router.media import ImageSource, Source
+from prismserve.router.tenants import EVERYONE, Tenant
 from prismserve.router.video import FPS_MAX, FrameChoice, VideoSource
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Call:
         media: in the order of the slots in ``messages``.
         options: the fields read by :func:`prismserve.router.sampling.parse_sampling`.
         compression: preset name, method name, object, or None for the server's default; untrusted.
-        tenant: names whose caches may be shared; derived from the credential, never from the body.
+        tenant: whose request it is; derived from the credential, never from the body. Only within it are caches shared.
         cache_salt: separates caches within the tenant.
         timeout_s: what the caller allows, if less than the server's limit.
     """
@@ -52,7 +53,7 @@ class Call:
     media: tuple[Source, ...] = ()
     compression: CompressionField = None
     cache_salt: str = ""
-    tenant: str = ""
+    tenant: Tenant = EVERYONE
     timeout_s: float | None = None
 
 
@@ -158,7 +159,7 @@ def _parts(content: Any, field: str, media: list[Source]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def chat_call(body: Mapping[str, Any], config: RouterConfig, tenant: str = "") -> Call:
+def chat_call(body: Mapping[str, Any], config: RouterConfig, tenant: Tenant) -> Call:
     """Read the body of ``/v1/chat/completions``; InvalidRequestError names the field at fault."""
     messages: list[ChatMessage] = []
     media: list[Source] = []
@@ -192,7 +193,7 @@ def chat_call(body: Mapping[str, Any], config: RouterConfig, tenant: str = "") -
     )
 
 
-def completion_call(body: Mapping[str, Any], config: RouterConfig, vocab_size: int, tenant: str = "") -> Call:
+def completion_call(body: Mapping[str, Any], config: RouterConfig, vocab_size: int, tenant: Tenant) -> Call:
     """Read the body of ``/v1/completions``: ``prompt`` is one string or one array of token ids."""
     prompt: Any = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):

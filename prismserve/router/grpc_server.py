@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from prismserve.router.generation import GenerationEvent
     from prismserve.router.media import Source
     from prismserve.router.service import RouterService
+    from prismserve.router.tenants import Tenant
     from prismserve.router.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def _video(message: pb.Video, field: str) -> VideoSource:
     return VideoSource(message.file or tuple(message.frames), field, choice)
 
 
-def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float | None) -> Call:
+def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float | None, tenant: Tenant) -> Call:
     """Read a request; InvalidRequestError names the field at fault."""
     if bool(request.messages) == bool(request.prompt):
         refuse("messages", "give either messages or prompt")
@@ -132,6 +133,7 @@ def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float 
         media=tuple(media),
         compression=_compression(request.compression),
         cache_salt=check_cache_salt(request.cache_salt, config),
+        tenant=tenant,
         timeout_s=timeout_s,
     )
 
@@ -178,14 +180,19 @@ class InferenceServicer(rpc.InferenceServicer):
         arrived_at = time.monotonic()
         service = self._service
         try:
+            tenant = self._tenant(context)
             check_model(request.model, service.facts.name)
             request_id = check_request_id(request.request_id)
-            call = call_of(request, service.config, context.time_remaining())
+            call = call_of(request, service.config, context.time_remaining(), tenant)
             async with contextlib.aclosing(service.answer(call, arrived_at=arrived_at)) as events:
                 async for event in events:
                     yield self._response(request_id, event)
         except PrismServeError as error:
             await _abort(context, error)
+
+    def _tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
+        """Who is asking; AuthenticationError if that is not known."""
+        return self._service.tenants.authenticate_metadata(context.invocation_metadata() or ())
 
     def _response(self, request_id: str, event: GenerationEvent) -> pb.GenerateResponse:
         if isinstance(event, TextDelta):
@@ -213,7 +220,11 @@ class InferenceServicer(rpc.InferenceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ListModelsResponse:
         """The one model served."""
-        del request, context
+        del request
+        try:
+            self._tenant(context)
+        except PrismServeError as error:
+            await _abort(context, error)
         facts = self._service.facts
         return pb.ListModelsResponse(models=[pb.ModelCard(id=facts.name, max_model_len=facts.max_model_len)])
 
@@ -221,7 +232,11 @@ class InferenceServicer(rpc.InferenceServicer):
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetStatusResponse:
         """The status document as JSON."""
-        del request, context
+        del request
+        try:
+            self._tenant(context).require_admin()
+        except PrismServeError as error:
+            await _abort(context, error)
         return pb.GetStatusResponse(json=json.dumps(self._service.status()))
 
 
@@ -263,7 +278,9 @@ class GrpcDoor:
         server = grpc.aio.server(options=options)
         rpc.add_InferenceServicer_to_server(InferenceServicer(self._service), server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        if not self._service.tenants.configured:
+            # Reflection asks for no credential, and those who have one have the schema.
+            reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
             bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:

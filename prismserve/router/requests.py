@@ -197,7 +197,7 @@ class RequestBuilder:
         *,
         settled: bool,
     ) -> Prepared:
-        salt = tenant_salt(call.tenant, call.cache_salt)
+        salt = tenant_salt(call.tenant.name, call.cache_salt)
         prompt = self._prompt(call, media, plan, salt)
         sampling = self._fit(call, prompt, sampling, settled=settled)
         root = namespace(self._facts.fingerprint, self._facts.layout, salt)
@@ -211,6 +211,8 @@ class RequestBuilder:
             media=media,
             sampling=sampling,
             compression=plan,
+            tenant=call.tenant.name,
+            cache_share=call.tenant.cache_share,
         )
         slots = elements(prompt)
         size = self._facts.layout.block_tokens

@@ -24,6 +24,7 @@ from prismserve.router.requests import RequestBuilder
 from prismserve.router.sampling import choices_of
 from prismserve.router.sessions import WorkerPool
 from prismserve.router.status import pool_status, worker_status
+from prismserve.router.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -50,6 +51,7 @@ class RouterService:
         default_compression: preset or method name of requests that give none.
         router_id: unique name of this router.
         cluster_secret: what workers' data planes ask for.
+        tenants: who may ask; None serves everyone as one tenant.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class RouterService:
         default_compression: str = "off",
         router_id: str = "router-0",
         cluster_secret: str = "",
+        tenants: Tenants | None = None,
     ) -> None:
         self.config = config
         self.facts = facts
         self.processor = processor
         self.token_bytes = TokenBytes(processor.tokenizer)
         self.router_id = router_id
+        self.tenants = tenants or Tenants()
         self.admission = Admission(config)
         self.mirror = Mirror()
         self.pool = WorkerPool(router_id, self.mirror.workers, self._serves_us, config, cluster_secret)
@@ -127,7 +131,7 @@ class RouterService:
         ended = False
         try:
             choices = choices_of(call.options, self.config)
-            with self.admission.slot(choices):
+            with self.admission.slot(call.tenant, choices):
                 prepared = await self._builder.build(call)
                 samples = sum(len(item.data) for item in prepared.request.media if item.kind is MediaKind.VIDEO)
                 with self.admission.videos(samples):

@@ -82,7 +82,7 @@ def test_what_is_left_out_comes_from_the_preset_or_the_default(value, default, e
          "an object"),
         ({"visual": {"method": "visionzip", "merge": "y" * 65}}, InvalidRequestError, "compression.visual.merge",
          "at most 64"),
-        ({"wire": "nope"}, UnknownMethodError, "compression.wire.codec", "available: int8, none"),
+        ({"wire": "nope"}, UnknownMethodError, "compression.wire.codec", "available: fp8, int4, int8, none"),
         ({"wire": {"codec": "int8", "group_tokens": True}}, InvalidRequestError, "compression.wire.group_tokens",
          "integer"),
         ({"wire": {"codec": "int8", "group_tokens": 1}}, InvalidRequestError, "compression.wire.group_tokens", "32"),

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {mistake}", file=sys.stderr)
         return EXIT_REQUEST
     try:
-        with Client(args.target, timeout_s=args.timeout_s) as client:
+        with Client(args.target, api_key=args.api_key, timeout_s=args.timeout_s) as client:
             return _converse(client, args, images, question)
     except ClientError as error:
         print(f"error: {explain(error, args.target)}", file=sys.stderr)
