@@ -20,7 +20,7 @@ from prismserve.core.errors import (
     EngineError,
     InvalidRequestError,
 )
-from prismserve.core.types import TokenOutput, WorkerInfo, WorkerState, WorkerStats
+from prismserve.core.types import Tier, TokenOutput, WorkerInfo, WorkerState, WorkerStats
 from prismserve.engine.engine import Engine
 from prismserve.engine.loop import EngineLoop
 from prismserve.kv_transfer.arena import Arena
@@ -159,7 +159,7 @@ class WorkerRuntime:
             endpoint=self.hub.endpoint(),
             state=WorkerState.STARTING,
         )
-        self.lease = WorkerLease(self.index, info, lambda: list(self._held), IndexConfig())
+        self.lease = WorkerLease(self.index, info, lambda: {Tier.DEVICE: list(self._held)}, IndexConfig())
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)

@@ -62,8 +62,9 @@ class DenseCache:
 class TextWorkshop:
     """Builds the model once; engines, requests and expectations around it."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        shape = ModelShape(DecoderConfig(48, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 64, VOCAB, 1e-6, 512, 10000.0))
+    def __init__(self, device: torch.device | str = "cpu", windows: tuple[int, ...] = ()) -> None:
+        config = DecoderConfig(48, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 64, VOCAB, 1e-6, 512, 10000.0, windows=windows)
+        shape = ModelShape(config)
         identity = ModelIdentity(b"f" * 32, b"e" * 32, frozenset({1}))
         self.model = CausalModel(shape, identity, torch.device(device), torch.float32)
         self.processor = Processor.from_directory(reference_path())
