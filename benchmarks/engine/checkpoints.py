@@ -114,7 +114,9 @@ def llava(folder: Path, shape: Shape) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.02)
-    save_file({_hub_key(name): weight.detach() for name, weight in model.named_parameters()}, directory / "model.safetensors")
+    save_file(
+        {_hub_key(name): weight.detach() for name, weight in model.named_parameters()}, directory / "model.safetensors"
+    )
     written = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"], "dtype": "bfloat16"}
     _write_json(directory / "config.json", written)
     _write_json(directory / "generation_config.json", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})

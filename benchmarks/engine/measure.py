@@ -115,9 +115,7 @@ def measure(
     return measured
 
 
-def _try_out(
-    measured: Measured, systems: Sequence[System], prompts: Prompts, plan: Plan, say: Say
-) -> list[System]:
+def _try_out(measured: Measured, systems: Sequence[System], prompts: Prompts, plan: Plan, say: Say) -> list[System]:
     """Warm every system, compare first tokens, and leave out a dtype of a peer in which it is slower at everything."""
     trial: dict[str, tuple[float, float]] = {}
     for system in systems:
@@ -134,7 +132,9 @@ def _try_out(
     for system in systems:
         own = trial[system.variant.name]
         rivals = [trial[other.variant.name] for other in systems if other.variant.system == system.variant.system]
-        if all(value > _TRIAL_MARGIN * min(column) for value, column in zip(own, zip(*rivals, strict=True), strict=True)):
+        if all(
+            value > _TRIAL_MARGIN * min(column) for value, column in zip(own, zip(*rivals, strict=True), strict=True)
+        ):
             say(f"{measured.model}: {system.variant.name} is slower at everything and left out")
             measured.dropped[system.variant.name] = own
             system.close()

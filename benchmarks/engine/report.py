@@ -102,7 +102,10 @@ def _figures(measured: Measured) -> str:
 
 
 def _notes(measured: Measured) -> list[str]:
-    lines = [f"- {name} {about['version']} (torch {about['torch']}): {about['settings']}" for name, about in measured.about.items()]
+    lines = [
+        f"- {name} {about['version']} (torch {about['torch']}): {about['settings']}"
+        for name, about in measured.about.items()
+    ]
     lines += [
         f"- left out after a trial in which it was slower at everything: {name} (TTFT {ttft_s:.2f} s, TPOT {1e3 * tpot_s:.0f} ms)"
         for name, (ttft_s, tpot_s) in measured.dropped.items()
@@ -145,7 +148,8 @@ def document(results: Sequence[Measured], plan: Plan, where: Mapping[str, str]) 
                     for (variant, workload, figure), values in measured.samples.items()
                 ],
                 "targets": [
-                    {**asdict(verdict), "met": verdict.met, "outcome": verdict.outcome} for verdict in verdicts(measured)
+                    {**asdict(verdict), "met": verdict.met, "outcome": verdict.outcome}
+                    for verdict in verdicts(measured)
                 ],
             }
             for measured in results

@@ -112,8 +112,12 @@ class System:
         message = self._read(RUN_TIMEOUT_S)
         answers = tuple((tuple(answer["ids"]), tuple(answer["at_s"])) for answer in message.pop("answers"))
         result = Result(answers, message.pop("wall_s"), message)
-        if any(len(ids) != job.tokens or len(at_s) != job.tokens for (ids, at_s), job in zip(answers, jobs, strict=True)):
-            text = f"{self.variant.name} gave {[len(ids) for ids, _ in answers]} tokens, asked for {jobs[0].tokens} each"
+        if any(
+            len(ids) != job.tokens or len(at_s) != job.tokens for (ids, at_s), job in zip(answers, jobs, strict=True)
+        ):
+            text = (
+                f"{self.variant.name} gave {[len(ids) for ids, _ in answers]} tokens, asked for {jobs[0].tokens} each"
+            )
             raise RuntimeError(text)
         return result
 
