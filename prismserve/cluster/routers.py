@@ -12,7 +12,7 @@ from prismserve.cluster.startup import Reporter, configure_logging
 from prismserve.core.errors import EngineError, PrismServeError
 from prismserve.core.loop_thread import LoopThread
 from prismserve.core.types import KVLayout
-from prismserve.engine.sizing import kv_dtype
+from prismserve.engine.sizing import kv_dtype, kv_format
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.models.loader import encoder_fingerprint, inspect_checkpoint, model_fingerprint, resolve_dtype
 from prismserve.models.processing import Processor
@@ -102,6 +102,7 @@ class Router:
             head_dim=info.head_dim,
             block_tokens=settings.engine.block_tokens,
             position_scheme=info.position_scheme,
+            kv_format=kv_format(settings.engine.kv_cache_dtype, info.head_dim),
         )
         return directory, ModelFacts(
             name=settings.model_name,

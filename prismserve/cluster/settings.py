@@ -41,6 +41,8 @@ ENVIRONMENT_PREFIX: Final = "PRISMSERVE_"
 _CONFIG_VARIABLE: Final = "PRISMSERVE_CONFIG"
 API_KEY_VARIABLE: Final = "PRISMSERVE_API_KEY"
 """What ``chat`` and ``status`` send; no setting of a cluster."""
+# The names the field knows these by.
+_SHORT_FLAGS: Final = {"engine.kv_cache_bytes": "--kv-cache-memory", "engine.kv_cache_dtype": "--kv-cache-dtype"}
 _CONFIG_BYTES_MAX: Final = 1 << 20
 _BYTE_UNITS: Final = {"b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _BYTE_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|tib)", re.IGNORECASE)
@@ -169,6 +171,11 @@ class Leaf:
         return "--" + "-".join(self.path).replace("_", "-")
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """The short form, where there is one, and the flag."""
+        return (*([_SHORT_FLAGS[self.name]] if self.name in _SHORT_FLAGS else ()), self.flag)
+
+    @property
     def variable(self) -> str:
         """The environment variable."""
         return ENVIRONMENT_PREFIX + "__".join(self.path).upper()
@@ -198,7 +205,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
             groups[room] = parser.add_argument_group(room)
         default = "" if leaf.default in (None, PydanticUndefined) else f" (default: {as_text(leaf.default)})"
         groups[room].add_argument(
-            leaf.flag,
+            *leaf.flags,
             dest=f"setting:{leaf.name}",
             default=None,
             metavar=metavar(leaf.info.annotation),

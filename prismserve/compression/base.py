@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, runtime_checkable
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -13,6 +13,8 @@ from pydantic_core import PydanticCustomError
 from prismserve.core.config import FrozenConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from prismserve.core.types import KVLayout
@@ -51,15 +53,18 @@ class Need(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VisualFeatures:
-    """One image after the vision encoder, before the projector.
+    """One image or video after the vision encoder, before the projector.
 
     Attributes:
-        tokens: [N, C] patch features of the layer the projector reads.
-        grid: (rows, columns), rows x columns = N, raster order.
+        tokens: [N, C] patch features of the layer the projector reads; of a video, frame after frame.
+        grid: (rows, columns) of one frame, raster order; frames x rows x columns = N.
         cls_attention: [H, N] float32, softmax attention of the class token to the patches in the encoder layer that
             made ``tokens``; None unless asked for by ``needs``. Rows sum to 1 minus the class token's own share.
         keys: [N, H, d] keys of that layer; None unless asked for.
         seed: 8 bytes from the pixel hash, the only randomness a method may use.
+        frames: of a video, how many frames ``tokens`` holds (where an encoder merges neighbouring frames, after that);
+            1 for an image. What stands around the frames (time stamps, a closing token) is not among ``tokens``, is
+            always kept, and does not count towards the budget.
     """
 
     tokens: torch.Tensor
@@ -67,14 +72,15 @@ class VisualFeatures:
     seed: bytes
     cls_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    frames: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class VisualPlan:
-    """Which tokens of an image survive, and how others are folded into them.
+    """Which tokens of an image or video survive, and how others are folded into them.
 
     Attributes:
-        indices: [k] int64, ascending, unique raster indices; survivors keep these positions.
+        indices: [k] int64, ascending, unique raster indices into ``tokens``; survivors keep these positions.
         weights: None, or [k, N] float32; survivor i becomes ``weights[i] @ tokens``.
     """
 
@@ -109,8 +115,24 @@ class KeepConfig(FrozenConfig):
         return max(1, min(tokens, int(wanted)))
 
 
+SAME_CODEC: Final = "same"
+"""The value of ``WireConfig.text`` for: text is encoded as images are."""
+
+
+class WireConfig(FrozenConfig):
+    """What every lossy codec takes beside its own parameters; :mod:`prismserve.compression.wire` carries it out.
+
+    Attributes:
+        residual: this many last tokens of the prompt are sent exactly (KIVI's residual window).
+        text: codec of text tokens, with its defaults: a codec's name, or "same".
+    """
+
+    residual: int = Field(default=0, ge=0, le=65536, strict=True)
+    text: str = Field(default=SAME_CODEC, min_length=1, max_length=64)
+
+
 class VisualMethod(Protocol):
-    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``."""
+    """A method that reduces the tokens of one image or video. A file ``visual/<name>.py`` exports one as ``METHOD``."""
 
     name: ClassVar[str]
     version: ClassVar[int]
@@ -121,7 +143,7 @@ class VisualMethod(Protocol):
     Config: ClassVar[type[FrozenConfig]]
 
     def kept_tokens(self, config: Any, tokens: int) -> int:
-        """How many of ``tokens`` remain; exact, known before the image is encoded."""
+        """How many of ``tokens`` remain (of a video, of all its frames); exact, known before it is encoded."""
         ...
 
     def plan(self, features: VisualFeatures, config: Any) -> VisualPlan:
@@ -146,8 +168,9 @@ class Codec(Protocol):
         """Encode one layer.
 
         Args:
-            keys: [T, kv_heads, head_dim], after RoPE.
-            values: [T, kv_heads, head_dim].
+            keys: [T, kv_heads, head_dim], after RoPE. A codec that is not ``lossy`` gets them as they lie in memory:
+                from a quantised pool uint8 [T, kv_heads, row_bytes], codes followed by their scales.
+            values: as ``keys``.
             config: an instance of ``Config``.
 
         Returns:
@@ -158,5 +181,14 @@ class Codec(Protocol):
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype."""
+        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype, or the rows it was given."""
+        ...
+
+
+@runtime_checkable
+class EncodesParts(Protocol):
+    """A codec that hands out its encoding in pieces, which saves a copy of everything that is sent."""
+
+    def parts(self, keys: torch.Tensor, values: torch.Tensor, config: Any) -> Sequence[torch.Tensor]:
+        """Tensors whose bytes one after another are what ``Codec.encode`` returns; the inputs themselves are allowed."""
         ...

@@ -214,7 +214,10 @@ class Exchange:
             text = f"the request is for epoch {message.source_epoch}, this worker is in epoch {runtime.info.epoch}"
             raise LeaseExpiredError(text)
         if message.layout_fingerprint != runtime.engine.layout.fingerprint():
-            text = f"KV layouts of worker {message.target_worker} and worker {runtime.info.worker_id} differ"
+            text = (
+                f"KV layouts differ: worker {message.target_worker} and worker {runtime.info.worker_id} "
+                f"({runtime.engine.layout}) must run the same model, dtype, KV format and block size"
+            )
             raise IncompatibleLayoutError(text)
         peer = await runtime.peers.find(message.target_worker, message.target_epoch)
         if message.embedding_key:
@@ -231,9 +234,7 @@ class Exchange:
             outgoing = self._outgoing(message, peer)
             pool, table = runtime.engine.pool, pinned.table
             for layer in range(runtime.engine.layout.layers):
-                outgoing.push_from(
-                    layer, 0, pinned.tokens, lambda index, start, tokens: pool.read(index, table, start, tokens)
-                )
+                outgoing.push_from(layer, 0, pinned.tokens, pool.reader(table))
             layer_tokens = (pinned.tokens,) * runtime.engine.layout.layers
             return pb.PushReply(found=True, manifest=await self._finish(message, outgoing, layer_tokens))
         finally:

@@ -144,7 +144,7 @@ class WorkerRuntime:
             message = f"the data plane cannot listen on {config.host}: set the worker's host to an address of this node"
             raise ConfigurationError(message, field="host")
         arena = Arena(config.transfer)
-        self.hub = TransportHub(worker_id, arena, config.transfer)
+        self.hub = TransportHub(worker_id, arena, config.transfer.model_copy(update={"host": config.host}))
         self.receiver = Receiver(self.hub, self.engine.layout)
         info = WorkerInfo(
             worker_id=worker_id,

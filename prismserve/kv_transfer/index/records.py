@@ -21,7 +21,7 @@ EVENT_BYTES_MAX: Final = RECORD_BYTES_MAX + 2 * EVENT_KEYS_MAX * DIGEST_BYTES
 _TEXT_MAX: Final = 1024
 _TRANSPORTS_MAX: Final = 32
 _INFO_FIELDS: Final = 12
-_LAYOUT_FIELDS: Final = 6
+_LAYOUT_FIELDS: Final = 7
 _EVENT_FIELDS: Final = 8
 
 T = TypeVar("T")
@@ -43,7 +43,15 @@ def encode_worker(info: WorkerInfo) -> bytes:
         info.node,
         info.control_address,
         info.model_fingerprint,
-        [layout.dtype, layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens, layout.position_scheme],
+        [
+            layout.dtype,
+            layout.layers,
+            layout.kv_heads,
+            layout.head_dim,
+            layout.block_tokens,
+            layout.position_scheme,
+            layout.kv_format,
+        ],
         list(info.transports),
         info.endpoint,
         info.state.value,
@@ -85,6 +93,7 @@ def decode_worker(data: bytes) -> WorkerInfo:
             head_dim=_integer(layout[3], "head_dim"),
             block_tokens=_integer(layout[4], "block_tokens"),
             position_scheme=_text(layout[5], "position_scheme"),
+            kv_format=_text(layout[6], "kv_format"),
         ),
         transports=tuple(_text(name, "transports") for name in transports),
         endpoint=_binary(fields[10], "endpoint"),
