@@ -47,6 +47,13 @@ class Need(enum.StrEnum):
 
     CLS_ATTENTION = "cls_attention"
     ENCODER_KEYS = "encoder_keys"
+    TEXT_TOWER = "text_tower"
+    PROJECTED = "projected"
+    TEXT_EMBEDDINGS = "text_embeddings"
+
+
+FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS})
+"""What every model that sees can provide; the rest depends on its encoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,11 @@ class VisualFeatures:
             made ``tokens``; None unless asked for by ``needs``. Rows sum to 1 minus the class token's own share.
         keys: [N, H, d] keys of that layer; None unless asked for.
         seed: 8 bytes from the pixel hash, the only randomness a method may use.
+        projected: [N, D] the decoder's inputs if every token were kept; None unless asked for.
+        text: [M, D] the decoder's embeddings of the scoring text (see ``Request.scoring_token_ids``), M may be 0; None
+            unless asked for.
+        aligned: [N, P] patches in the space the encoder shares with its text tower; None unless asked for.
+        aligned_text: [S, P] segments of the scoring text in that space; None unless asked for.
     """
 
     tokens: torch.Tensor
@@ -67,6 +79,10 @@ class VisualFeatures:
     seed: bytes
     cls_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    projected: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    aligned: torch.Tensor | None = None
+    aligned_text: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +125,42 @@ class KeepConfig(FrozenConfig):
         return max(1, min(tokens, int(wanted)))
 
 
-class VisualMethod(Protocol):
-    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``."""
+class Method(Protocol):
+    """What a method of any stage declares; ``prismserve methods`` prints it.
+
+    Attributes:
+        name: the file's name, and the name in requests.
+        version: raised when the same configuration would give other results; part of every cache key.
+        stage: the folder it lies in.
+        section: where the survey of Pathak and Han treats it (``"IV-A.1a"``); ``"control"`` for what others are
+            measured against, ``"own"`` for what is ours.
+        source: the paper in one line, with its arXiv number; empty for controls.
+        training_free: False where the model must have been trained with it, or where it has weights of its own.
+        Config: its parameters.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
     stage: ClassVar[Stage]
+    section: ClassVar[str]
+    source: ClassVar[str]
+    training_free: ClassVar[bool]
+    Config: ClassVar[type[FrozenConfig]]
+
+
+class VisualMethod(Method, Protocol):
+    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``.
+
+    Attributes:
+        share: ``AGNOSTIC`` or ``QUERY``. What ``needs`` the text is ``QUERY``: its results are kept under a key that
+            holds the scoring text, and reach no other question.
+        nested: whether a smaller budget keeps a subset of what a larger one keeps.
+        needs: what the engine must provide, and no more.
+    """
+
     share: ClassVar[Share]
     nested: ClassVar[bool]
     needs: ClassVar[frozenset[Need]]
-    Config: ClassVar[type[FrozenConfig]]
 
     def kept_tokens(self, config: Any, tokens: int) -> int:
         """How many of ``tokens`` remain; exact, known before the image is encoded."""
@@ -129,14 +171,10 @@ class VisualMethod(Protocol):
         ...
 
 
-class Codec(Protocol):
+class Codec(Method, Protocol):
     """An encoding of KV on the wire. A file ``codec/<name>.py`` exports one as ``METHOD``."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    stage: ClassVar[Stage]
     lossy: ClassVar[bool]
-    Config: ClassVar[type[FrozenConfig]]
 
     def encoded_bytes(self, tokens: int, layout: KVLayout, config: Any) -> int:
         """Exact size of one layer's K and V of ``tokens`` tokens after encoding, in bytes."""

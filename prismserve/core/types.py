@@ -241,6 +241,8 @@ class Request:
         wire_namespace: root of the chain for KV that crossed the wire; equals ``namespace`` for exact codecs,
             because KV restored from a lossy codec is not interchangeable with the KV it came from.
         resume_token_ids: tokens already emitted by an earlier attempt, continued and not emitted again.
+        scoring_token_ids: the text by which a visual method that asks about the question ranks, see
+            ``Processor.scoring_ids``; empty under any other method.
         timeout_s: time left for the whole request when the message was sent, in seconds.
     """
 
@@ -255,6 +257,7 @@ class Request:
     resume_token_ids: tuple[int, ...] = ()
     priority: int = 0
     timeout_s: float = 600.0
+    scoring_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

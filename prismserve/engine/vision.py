@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from prismserve.compression.apply import apply_visual
-from prismserve.compression.base import VisualFeatures
-from prismserve.compression.loader import visual_method
+from prismserve.compression.base import Need, VisualFeatures
+from prismserve.compression.loader import encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.engine.image_cache import VisualTokens
 
@@ -57,7 +57,12 @@ class VisionPipeline:
             raise InvalidRequestError(message, field="media") from error
 
     def encode(
-        self, keys: Sequence[bytes], media: Sequence[MediaInput], inputs: Sequence[ImageInputs], spec: MethodSpec
+        self,
+        keys: Sequence[bytes],
+        media: Sequence[MediaInput],
+        inputs: Sequence[ImageInputs],
+        spec: MethodSpec,
+        scoring_token_ids: Sequence[tuple[int, ...]] = (),
     ) -> list[VisualTokens]:
         """Encode, reduce and project a batch of images under one visual method.
 
@@ -66,6 +71,7 @@ class VisionPipeline:
             media: the images, for their seeds.
             inputs: from :meth:`inputs`.
             spec: normalised visual method.
+            scoring_token_ids: the text each image is looked at for; may be left out where the method asks for none.
 
         Returns:
             One entry per image, also put into the cache.
@@ -73,7 +79,7 @@ class VisionPipeline:
         Raises:
             InvalidRequestError: the method cannot act on this model's tokens.
         """
-        needs = frozenset(str(need) for need in visual_method(spec.name).needs)
+        needs = encoder_needs(spec.name)
         reducible = self._processor.reducible
         if spec.name != "none" and (reducible is None or needs - reducible):
             message = f"visual method {spec.name!r} cannot act on the tokens of this model"
@@ -83,14 +89,9 @@ class VisionPipeline:
             message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
             raise EngineError(message)
         results: list[VisualTokens] = []
-        for key, item, prepared, image in zip(keys, media, inputs, encoded, strict=True):
-            features = VisualFeatures(
-                tokens=image.tokens,
-                grid=image.grid,
-                seed=item.pixel_hash[:_SEED_BYTES],
-                cls_attention=image.cls_attention,
-                keys=image.keys,
-            )
+        texts = scoring_token_ids or [()] * len(keys)
+        for key, item, prepared, image, ids in zip(keys, media, inputs, encoded, texts, strict=True):
+            features = self._features(image, item, spec, ids)
             tokens, indices = apply_visual(features, spec)
             places = indices.cpu()
             positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
@@ -100,6 +101,25 @@ class VisionPipeline:
             results.append(visual)
         self.encoded += len(results)
         return results
+
+    def _features(
+        self, image: EncodedImage, media: MediaInput, spec: MethodSpec, scoring_token_ids: tuple[int, ...]
+    ) -> VisualFeatures:
+        """What the method of ``spec`` may see of one image, and nothing else."""
+        needs = visual_method(spec.name).needs
+        text = None
+        if Need.TEXT_EMBEDDINGS in needs:
+            ids = torch.tensor(scoring_token_ids, dtype=torch.int64, device=self._model.device)
+            text = self._model.decoder.embed(ids)
+        return VisualFeatures(
+            tokens=image.tokens,
+            grid=image.grid,
+            seed=media.pixel_hash[:_SEED_BYTES],
+            cls_attention=image.cls_attention,
+            keys=image.keys,
+            projected=self._model.project(image.tokens) if Need.PROJECTED in needs else None,
+            text=text,
+        )
 
 
 def _with_deepstack(embeds: torch.Tensor, image: EncodedImage, indices: torch.Tensor) -> torch.Tensor:

@@ -175,6 +175,7 @@ def request_to_proto(request: Request) -> pb.Request:
         resume_token_ids=request.resume_token_ids,
         priority=request.priority,
         timeout_s=request.timeout_s,
+        scoring_token_ids=request.scoring_token_ids,
     )
 
 
@@ -204,6 +205,7 @@ def request_from_proto(message: pb.Request) -> Request:
         resume_token_ids=tuple(message.resume_token_ids),
         priority=message.priority,
         timeout_s=message.timeout_s,
+        scoring_token_ids=tuple(message.scoring_token_ids),
     )
 
 
