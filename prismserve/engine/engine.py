@@ -94,7 +94,7 @@ class Engine:
         replay = replay_for(config, decoder, model.device)
         self.pool = KVPool(self.layout, groups, model.device, scratch=replay is not None)
         per_sequence = self.pool.blocks_for(self.max_model_len)
-        graphs = replay and DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay)
+        graphs = None if replay is None else DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay)
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
         self._processor = processor
