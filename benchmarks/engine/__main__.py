@@ -77,7 +77,7 @@ def measure_model(model: str, arguments: argparse.Namespace, variants: Sequence[
         chosen = tuple(workload for workload in chosen if workload.name in arguments.work)
     plan = Plan(arguments.tokens, arguments.rounds, arguments.threads, chosen)
     prompts = Prompts(pictures, ids, image_token)
-    return measure(model, directory, variants, prompts, plan, cache, lambda line: print(line, flush=True))
+    return measure(model, directory, variants, prompts, plan, logs=cache, say=lambda line: print(line, flush=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -84,7 +84,7 @@ class Measured:
 
 
 def measure(
-    model: str, directory: Path, variants: Sequence[Variant], prompts: Prompts, plan: Plan, logs: Path, say: Say
+    model: str, directory: Path, variants: Sequence[Variant], prompts: Prompts, plan: Plan, *, logs: Path, say: Say
 ) -> Measured:
     """Start all variants on one checkpoint, try them, and measure those that may win.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -34,7 +34,7 @@ def conditions(threads: int) -> dict[str, str]:
         cpu = next((value.strip() for name, _, value in lines if name.strip() == "model name"), cpu)
     flags = _vector_flags()
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "cpu": f"{cpu}{', ' + flags if flags else ''}",
         "cores": f"{threads} of {os.cpu_count()}",
         "python": platform.python_version(),
@@ -55,9 +55,11 @@ def page(results: Sequence[Measured], plan: Plan, where: Mapping[str, str]) -> s
     parts = [
         "# Speed of the engine beside its peers",
         "",
-        f"{where['date']}, {where['cpu']}, {where['cores']} cores, Python {where['python']}. All systems in one run with "
-        f"the same weights, prompts (new ones each round) and {plan.tokens} greedy tokens per prompt; medians of "
-        f"{plan.rounds} rounds in which the systems take turns. Of a peer's dtypes the faster counts, figure by figure.",
+        (
+            f"{where['date']}, {where['cpu']}, {where['cores']} cores, Python {where['python']}. All systems in one run with "
+            f"the same weights, prompts (new ones each round) and {plan.tokens} greedy tokens per prompt; medians of "
+            f"{plan.rounds} rounds in which the systems take turns. Of a peer's dtypes the faster counts, figure by figure."
+        ),
         "",
         "## Targets",
         "",
@@ -94,9 +96,7 @@ def _figures(measured: Measured) -> str:
             if found[0] is None:
                 continue
             scale = 1e3 if unit == "ms" else 1.0
-            cells = []
-            for best in found:
-                cells.append("" if best is None else f"{scale * best[0]:.{digits}f} ({best[1].split()[1]})")
+            cells = ["" if best is None else f"{scale * best[0]:.{digits}f} ({best[1].split()[1]})" for best in found]
             rows.append((title, f"{label}, {unit}", *cells))
     return markdown_table(("work", "figure", *systems), rows, left=2)
 
