@@ -163,14 +163,16 @@ class System:
         return value
 
 
-def variants_of(system: str, cache: Path, vllm_python: Path | None, threads: int) -> tuple[Variant, ...]:
-    """The dtypes a system is tried in. Ours is what ``--dtype auto`` takes; of a peer's, its faster figures count."""
+def variants_of(
+    system: str, dtypes: Sequence[str], cache: Path, vllm_python: Path | None, threads: int
+) -> tuple[Variant, ...]:
+    """The dtypes a system is tried in. Ours is what ``--dtype auto`` takes; of a peer's ``dtypes``, its faster figures count."""
     if system == "prismserve":
         return (Variant(system, "auto", Path(sys.executable)),)
     if system == "transformers":
-        return tuple(Variant(system, dtype, Path(sys.executable)) for dtype in ("float32", "bfloat16"))
+        return tuple(Variant(system, dtype, Path(sys.executable)) for dtype in dtypes)
     from benchmarks.engine.environments import vllm_environment, vllm_variables
 
     python = vllm_environment(cache / "vllm") if vllm_python is None else vllm_python
     variables = tuple(vllm_variables(python, threads).items())
-    return tuple(Variant(system, dtype, python, variables) for dtype in ("float32", "bfloat16"))
+    return tuple(Variant(system, dtype, python, variables) for dtype in dtypes)
