@@ -156,7 +156,13 @@ def test_videos_are_files_or_frames_with_their_options(tmp_path):
 
 @pytest.mark.parametrize(
     ("videos", "field"),
-    [("clip.mp4", "videos"), ([b""], "videos[0]"), ([[]], "videos[0]"), ([Video(b"x", fps="a")], "videos[0]"), ([3], "videos[0]")],
+    [
+        ("clip.mp4", "videos"),
+        ([b""], "videos[0]"),
+        ([[]], "videos[0]"),
+        ([Video(b"x", fps="a")], "videos[0]"),
+        ([3], "videos[0]"),
+    ],
 )
 def test_a_video_that_cannot_be_sent_is_refused_by_field(videos, field):
     with pytest.raises(RequestError) as caught:
