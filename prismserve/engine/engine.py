@@ -19,6 +19,7 @@ from prismserve.engine.blocks import BlockManager
 from prismserve.engine.constraints import ConstraintCompiler, checked_matcher
 from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
+from prismserve.engine.graphs import DecodeGraphs, replay_for
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
 from prismserve.engine.metrics import Counters, MovingAverage
@@ -90,7 +91,10 @@ class Engine:
         if config.kv_cache_bytes is None:
             free = max(0, free - profile_bytes(model, self.layout, config.max_step_tokens))
         groups = plan_kv_groups(config, self.layout, free, self.max_model_len, share=share)
-        self.pool = KVPool(self.layout, groups, model.device)
+        replay = replay_for(config, decoder, model.device)
+        self.pool = KVPool(self.layout, groups, model.device, scratch=replay is not None)
+        per_sequence = self.pool.blocks_for(self.max_model_len)
+        graphs = replay and DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay)
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
         self._processor = processor
@@ -102,7 +106,7 @@ class Engine:
             model=model,
             blocks=self._blocks,
             images=images,
-            runner=ModelRunner(model, self.pool),
+            runner=ModelRunner(model, self.pool, graphs),
             config=config,
             max_model_len=self.max_model_len,
             clock=clock,

@@ -54,15 +54,21 @@ class KVPool:
         slab: the broken groups.
     """
 
-    def __init__(self, layout: KVLayout, groups: int, device: torch.device | str = "cpu") -> None:
-        """Allocate ``groups`` groups of ``layout.block_tokens`` tokens each (memory is touched on first use)."""
+    def __init__(
+        self, layout: KVLayout, groups: int, device: torch.device | str = "cpu", *, scratch: bool = False
+    ) -> None:
+        """Allocate ``groups`` groups of ``layout.block_tokens`` tokens each (memory is touched on first use).
+
+        With ``scratch`` there is one more, :attr:`scratch_group`, that is never handed out.
+        """
         if groups < 1:
             message = f"the KV pool needs at least 1 group, got {groups}"
             raise ValueError(message)
         self.layout = layout
         self.groups = groups
         self.block_tokens = layout.block_tokens
-        self.memory = KVStorage(layout, groups, device)
+        self.memory = KVStorage(layout, groups + scratch, device)
+        self.scratch_group = groups
         self.storage = self.memory.parts[0]
         self.slab = Slab(layout.layers)
         self.references = [0] * groups

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from prismserve.engine import sequence as sequences
     from prismserve.engine.cutting import Stage
+    from prismserve.engine.graphs import DecodeGraphs
     from prismserve.engine.pool import KVPool
     from prismserve.models.base import VisionLanguageModel
     from prismserve.models.decoder import AttentionBackend
@@ -55,8 +56,9 @@ class RunItem:
 class ModelRunner:
     """Builds inputs, runs the decoder layer by layer, returns the logits that are needed."""
 
-    def __init__(self, model: VisionLanguageModel, pool: KVPool) -> None:
-        """Run ``model`` over the blocks of ``pool``."""
+    def __init__(self, model: VisionLanguageModel, pool: KVPool, graphs: DecodeGraphs | None = None) -> None:
+        """Run ``model`` over the blocks of ``pool``; steps that ``graphs`` accepts go through it."""
+        self._graphs = graphs
         self._model = model
         self._pool = pool
         self._offsets = torch.arange(pool.block_tokens)
@@ -71,6 +73,8 @@ class ModelRunner:
         Returns:
             [n, vocabulary] float32, a row for each item that samples, in order.
         """
+        if self._graphs is not None and layer_done is None and self._graphs.accepts(items):
+            return self._graphs.run(items)
         decoder = self._model.decoder
         ids, positions, slots = self._inputs(items)
         x = decoder.embed(ids)

@@ -7,7 +7,7 @@ import json
 import PIL.Image
 import pytest
 
-from prismserve.client import GenerateOptions, Image, Message, RequestError
+from prismserve.client import GenerateOptions, Image, Message, RequestError, Video
 from prismserve.client.content import IMAGE_BYTES_MAX
 from prismserve.client.requests import SAMPLING_FIELDS, build_request
 from prismserve.protocol import prismserve_pb2 as pb
