@@ -11,7 +11,7 @@ import ray
 from ray import serve
 
 from prismserve.cluster.routers import Router, RouterFacts
-from prismserve.cluster.settings import Settings, load_settings
+from prismserve.cluster.settings import Settings, load_settings, read_tenants
 from prismserve.cluster.workers import Worker
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.hashing import digest
@@ -116,6 +116,7 @@ def worker_config(settings: Settings, facts: ClusterFacts, share: WorkerShare, r
         index_url=facts.index_url,
         engine=settings.engine,
         transfer=settings.transfer,
+        tiers=settings.tiers,
         drain_timeout_s=settings.drain_timeout_s,
     )
 
@@ -163,6 +164,7 @@ def application(settings: Settings, facts: ClusterFacts, board: Any = None) -> A
         cluster_secret=facts.cluster_secret,
         index_url=facts.index_url,
         device=share.device,
+        tenants=read_tenants(settings),
     )
     return router.bind(settings, router_facts, board, *pools)
 

@@ -29,6 +29,7 @@ from prismserve.core.errors import (
     ModelLoadError,
 )
 from prismserve.core.types import KVLayout
+from prismserve.engine.sizing import kv_format
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.kv_transfer.index.url import parse_url
 from prismserve.models.loader import CheckpointInfo, inspect_checkpoint, resolve_dtype
@@ -245,13 +246,21 @@ def memory_need(settings: Settings, info: CheckpointInfo, dtype_bytes: int, *, o
     Args:
         settings: replica counts and sizes.
         info: the checkpoint.
-        dtype_bytes: of one weight and one KV element at run time.
+        dtype_bytes: of one weight at run time.
         on_gpu: weights and KV are in GPU memory.
     """
     stored_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(info.dtype, dtype_bytes)
-    layout = KVLayout("float32", info.layers, info.kv_heads, info.head_dim, settings.engine.block_tokens)
+    choice = settings.engine.kv_cache_dtype
+    layout = KVLayout(
+        "float32" if dtype_bytes == 4 and choice != "bf16" else "bfloat16",
+        info.layers,
+        info.kv_heads,
+        info.head_dim,
+        settings.engine.block_tokens,
+        kv_format=kv_format(choice, info.head_dim),
+    )
     tokens = settings.engine.max_model_len or info.max_model_len
-    one_sequence_bytes = tokens * layout.token_bytes * dtype_bytes // layout.dtype_bytes
+    one_sequence_bytes = tokens * layout.token_bytes
     kv_bytes = settings.engine.kv_cache_bytes or one_sequence_bytes
     return MemoryNeed(
         weight_bytes=0 if on_gpu else settings.workers * info.weight_bytes * dtype_bytes // stored_bytes,

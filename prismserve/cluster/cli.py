@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "start a cluster and stay up",
     "chat": "ask about images in the terminal",
     "status": "show pools, queues, caches and transfer rates of a running cluster",
+    "keys": "make an API key for a tenant",
     "doctor": "check this machine and say what to do",
     "version": "print the version",
 }

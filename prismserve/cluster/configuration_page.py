@@ -61,7 +61,7 @@ def configuration_page() -> str:
             metavar(leaf.info.annotation),
             unit_of(leaf),
             f"`{as_text(leaf.default)}`",
-            f"`{leaf.flag}`",
+            ", ".join(f"`{flag}`" for flag in leaf.flags),
         )
         row = [*cells, f"`{leaf.variable}`", leaf.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")

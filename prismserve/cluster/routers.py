@@ -12,7 +12,7 @@ from prismserve.cluster.startup import Reporter, configure_logging
 from prismserve.core.errors import EngineError, PrismServeError
 from prismserve.core.loop_thread import LoopThread
 from prismserve.core.types import KVLayout
-from prismserve.engine.sizing import kv_dtype
+from prismserve.engine.sizing import kv_dtype, kv_format
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.models.loader import encoder_fingerprint, inspect_checkpoint, model_fingerprint, resolve_dtype
 from prismserve.models.processing import Processor
@@ -20,6 +20,7 @@ from prismserve.models.source import resolve_model
 from prismserve.router.requests import ModelFacts
 from prismserve.router.servers import FrontDoors
 from prismserve.router.service import RouterService
+from prismserve.router.tenants import Tenants, TenantsFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,7 @@ class RouterFacts:
     cluster_secret: str
     index_url: str
     device: str
+    tenants: TenantsFile | None = None
 
 
 class Router:
@@ -81,6 +83,7 @@ class Router:
             default_compression=settings.compression,
             router_id=f"router-{os.getpid()}-{secrets.token_hex(4)}",
             cluster_secret=facts.cluster_secret,
+            tenants=Tenants(facts.tenants),
         )
         await self._service.start()
         self._doors = FrontDoors(self._service)
@@ -99,6 +102,7 @@ class Router:
             head_dim=info.head_dim,
             block_tokens=settings.engine.block_tokens,
             position_scheme=info.position_scheme,
+            kv_format=kv_format(settings.engine.kv_cache_dtype, info.head_dim),
         )
         return directory, ModelFacts(
             name=settings.model_name,

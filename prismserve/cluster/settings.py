@@ -28,8 +28,10 @@ from prismserve.engine.config import EngineConfig
 from prismserve.kv_transfer.config import TransferConfig
 from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.url import parse_url
+from prismserve.kv_transfer.tiers.config import TierConfig
 from prismserve.models.source import REFERENCE
 from prismserve.router.config import RouterConfig
+from prismserve.router.tenants import TenantsFile
 
 if TYPE_CHECKING:
     import argparse
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX: Final = "PRISMSERVE_"
 _CONFIG_VARIABLE: Final = "PRISMSERVE_CONFIG"
+API_KEY_VARIABLE: Final = "PRISMSERVE_API_KEY"
+"""What ``chat`` and ``status`` send; no setting of a cluster."""
+# The names the field knows these by.
+_SHORT_FLAGS: Final = {"engine.kv_cache_bytes": "--kv-cache-memory", "engine.kv_cache_dtype": "--kv-cache-dtype"}
 _CONFIG_BYTES_MAX: Final = 1 << 20
 _BYTE_UNITS: Final = {"b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _BYTE_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib|tib)", re.IGNORECASE)
@@ -92,6 +98,12 @@ class Settings(FrozenConfig):
         description="Redis or Valkey for the prefix index (`redis://`, `rediss://` or `unix://` URL); unset: an "
         "embedded server lives and dies with the cluster.",
     )
+    api_keys: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File (YAML) of tenants with the hashes of their API keys, see docs/tenants.md; unset: no key is "
+        "asked for and everybody is one tenant.",
+    )
     cluster_name: str = Field(
         default="prismserve",
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
@@ -111,6 +123,9 @@ class Settings(FrozenConfig):
     )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="Engine of every worker.")
     transfer: TransferConfig = Field(default_factory=TransferConfig, description="How KV moves between workers.")
+    tiers: TierConfig = Field(
+        default_factory=TierConfig, description="Host memory and files that keep KV the device has no room for."
+    )
     index: IndexConfig = Field(default_factory=IndexConfig, description="Prefix index and worker registry.")
     router: RouterConfig = Field(default_factory=RouterConfig, description="Front doors, limits and placement.")
 
@@ -160,6 +175,11 @@ class Leaf:
         return "--" + "-".join(self.path).replace("_", "-")
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """The short form, where there is one, and the flag."""
+        return (*([_SHORT_FLAGS[self.name]] if self.name in _SHORT_FLAGS else ()), self.flag)
+
+    @property
     def variable(self) -> str:
         """The environment variable."""
         return ENVIRONMENT_PREFIX + "__".join(self.path).upper()
@@ -189,7 +209,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
             groups[room] = parser.add_argument_group(room)
         default = "" if leaf.default in (None, PydanticUndefined) else f" (default: {as_text(leaf.default)})"
         groups[room].add_argument(
-            leaf.flag,
+            *leaf.flags,
             dest=f"setting:{leaf.name}",
             default=None,
             metavar=metavar(leaf.info.annotation),
@@ -240,7 +260,7 @@ def load_settings(
         if isinstance(value, str) and leaf.path[-1].endswith("_bytes"):
             _put(tree, leaf.path, _bytes(leaf, value, origin))
     for variable in sorted(environ):
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == _CONFIG_VARIABLE:
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in (_CONFIG_VARIABLE, API_KEY_VARIABLE):
             continue
         if variable not in known:
             if _SERVICE_LINK.search(variable):
@@ -262,27 +282,44 @@ def load_settings(
     return settings
 
 
+def read_tenants(settings: Settings) -> TenantsFile | None:
+    """The tenants of ``api_keys``; None where it is unset. ConfigurationError says what is wrong with the file."""
+    if settings.api_keys is None:
+        return None
+    path = Path(settings.api_keys)
+    return TenantsFile.read(_read_yaml(path, "api_keys", f"API keys file {path}"), f"API keys file {path}")
+
+
+def client_api_key(environ: Mapping[str, str]) -> str | None:
+    """The API key with which commands ask a running cluster, from ``PRISMSERVE_API_KEY``."""
+    return environ.get(API_KEY_VARIABLE) or None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a configuration file: a YAML mapping, at most 1 MiB. ConfigurationError says what is wrong with it."""
+    return _read_yaml(path, "config", f"configuration file {path}")
+
+
+def _read_yaml(path: Path, field: str, name: str) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             content = stream.read(_CONFIG_BYTES_MAX + 1)
     except OSError as error:
-        message = f"configuration file {path} cannot be read: {(error.strerror or str(error)).lower()}"
-        raise ConfigurationError(message, field="config") from None
+        message = f"{name} cannot be read: {(error.strerror or str(error)).lower()}"
+        raise ConfigurationError(message, field=field) from None
     if len(content) > _CONFIG_BYTES_MAX:
-        message = f"configuration file {path} is larger than {_CONFIG_BYTES_MAX} bytes"
-        raise ConfigurationError(message, field="config")
+        message = f"{name} is larger than {_CONFIG_BYTES_MAX} bytes"
+        raise ConfigurationError(message, field=field)
     try:
         document = yaml.safe_load(content)
     except yaml.YAMLError as error:
-        message = f"configuration file {path} is not YAML: {' '.join(str(error).split())}"
-        raise ConfigurationError(message, field="config") from None
+        message = f"{name} is not YAML: {' '.join(str(error).split())}"
+        raise ConfigurationError(message, field=field) from None
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        message = f"configuration file {path} must hold a mapping of settings"
-        raise ConfigurationError(message, field="config")
+        message = f"{name} must hold a mapping"
+        raise ConfigurationError(message, field=field)
     return document
 
 

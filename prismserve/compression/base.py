@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, runtime_checkable
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -13,6 +13,8 @@ from pydantic_core import PydanticCustomError
 from prismserve.core.config import FrozenConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from prismserve.core.types import KVLayout
@@ -47,19 +49,34 @@ class Need(enum.StrEnum):
 
     CLS_ATTENTION = "cls_attention"
     ENCODER_KEYS = "encoder_keys"
+    TEXT_TOWER = "text_tower"
+    PROJECTED = "projected"
+    TEXT_EMBEDDINGS = "text_embeddings"
+
+
+FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS})
+"""What every model that sees can provide; the rest depends on its encoder."""
 
 
 @dataclass(frozen=True, slots=True)
 class VisualFeatures:
-    """One image after the vision encoder, before the projector.
+    """One image or video after the vision encoder, before the projector.
 
     Attributes:
-        tokens: [N, C] patch features of the layer the projector reads.
-        grid: (rows, columns), rows x columns = N, raster order.
+        tokens: [N, C] patch features of the layer the projector reads; of a video, frame after frame.
+        grid: (rows, columns) of one frame, raster order; frames x rows x columns = N.
         cls_attention: [H, N] float32, softmax attention of the class token to the patches in the encoder layer that
             made ``tokens``; None unless asked for by ``needs``. Rows sum to 1 minus the class token's own share.
         keys: [N, H, d] keys of that layer; None unless asked for.
         seed: 8 bytes from the pixel hash, the only randomness a method may use.
+        frames: of a video, how many frames ``tokens`` holds (where an encoder merges neighbouring frames, after that);
+            1 for an image. What stands around the frames (time stamps, a closing token) is not among ``tokens``, is
+            always kept, and does not count towards the budget.
+        projected: [N, D] the decoder's inputs if every token were kept; None unless asked for.
+        text: [M, D] the decoder's embeddings of the scoring text (see ``Request.scoring_token_ids``), M may be 0; None
+            unless asked for.
+        aligned: [N, P] patches in the space the encoder shares with its text tower; None unless asked for.
+        aligned_text: [S, P] segments of the scoring text in that space; None unless asked for.
     """
 
     tokens: torch.Tensor
@@ -67,14 +84,19 @@ class VisualFeatures:
     seed: bytes
     cls_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    frames: int = 1
+    projected: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    aligned: torch.Tensor | None = None
+    aligned_text: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class VisualPlan:
-    """Which tokens of an image survive, and how others are folded into them.
+    """Which tokens of an image or video survive, and how others are folded into them.
 
     Attributes:
-        indices: [k] int64, ascending, unique raster indices; survivors keep these positions.
+        indices: [k] int64, ascending, unique raster indices into ``tokens``; survivors keep these positions.
         weights: None, or [k, N] float32; survivor i becomes ``weights[i] @ tokens``.
     """
 
@@ -109,19 +131,61 @@ class KeepConfig(FrozenConfig):
         return max(1, min(tokens, int(wanted)))
 
 
-class VisualMethod(Protocol):
-    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``."""
+SAME_CODEC: Final = "same"
+"""The value of ``WireConfig.text`` for: text is encoded as images are."""
+
+
+class WireConfig(FrozenConfig):
+    """What every lossy codec takes beside its own parameters; :mod:`prismserve.compression.wire` carries it out.
+
+    Attributes:
+        residual: this many last tokens of the prompt are sent exactly (KIVI's residual window).
+        text: codec of text tokens, with its defaults: a codec's name, or "same".
+    """
+
+    residual: int = Field(default=0, ge=0, le=65536, strict=True)
+    text: str = Field(default=SAME_CODEC, min_length=1, max_length=64)
+
+
+class Method(Protocol):
+    """What a method of any stage declares; ``prismserve methods`` prints it.
+
+    Attributes:
+        name: the file's name, and the name in requests.
+        version: raised when the same configuration would give other results; part of every cache key.
+        stage: the folder it lies in.
+        section: where the survey of Pathak and Han treats it (``"IV-A.1a"``); ``"control"`` for what others are
+            measured against, ``"own"`` for what is ours.
+        source: the paper in one line, with its arXiv number; empty for controls.
+        training_free: False where the model must have been trained with it, or where it has weights of its own.
+        Config: its parameters.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
     stage: ClassVar[Stage]
+    section: ClassVar[str]
+    source: ClassVar[str]
+    training_free: ClassVar[bool]
+    Config: ClassVar[type[FrozenConfig]]
+
+
+class VisualMethod(Method, Protocol):
+    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``.
+
+    Attributes:
+        share: ``AGNOSTIC`` or ``QUERY``. What ``needs`` the text is ``QUERY``: its results are kept under a key that
+            holds the scoring text, and reach no other question.
+        nested: whether a smaller budget keeps a subset of what a larger one keeps.
+        needs: what the engine must provide, and no more.
+    """
+
     share: ClassVar[Share]
     nested: ClassVar[bool]
     needs: ClassVar[frozenset[Need]]
-    Config: ClassVar[type[FrozenConfig]]
 
     def kept_tokens(self, config: Any, tokens: int) -> int:
-        """How many of ``tokens`` remain; exact, known before the image is encoded."""
+        """How many of ``tokens`` remain (of a video, of all its frames); exact, known before it is encoded."""
         ...
 
     def plan(self, features: VisualFeatures, config: Any) -> VisualPlan:
@@ -129,14 +193,10 @@ class VisualMethod(Protocol):
         ...
 
 
-class Codec(Protocol):
+class Codec(Method, Protocol):
     """An encoding of KV on the wire. A file ``codec/<name>.py`` exports one as ``METHOD``."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    stage: ClassVar[Stage]
     lossy: ClassVar[bool]
-    Config: ClassVar[type[FrozenConfig]]
 
     def encoded_bytes(self, tokens: int, layout: KVLayout, config: Any) -> int:
         """Exact size of one layer's K and V of ``tokens`` tokens after encoding, in bytes."""
@@ -146,8 +206,9 @@ class Codec(Protocol):
         """Encode one layer.
 
         Args:
-            keys: [T, kv_heads, head_dim], after RoPE.
-            values: [T, kv_heads, head_dim].
+            keys: [T, kv_heads, head_dim], after RoPE. A codec that is not ``lossy`` gets them as they lie in memory:
+                from a quantised pool uint8 [T, kv_heads, row_bytes], codes followed by their scales.
+            values: as ``keys``.
             config: an instance of ``Config``.
 
         Returns:
@@ -158,5 +219,14 @@ class Codec(Protocol):
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype."""
+        """Invert :meth:`encode`: two [T, kv_heads, head_dim] tensors in the layout's dtype, or the rows it was given."""
+        ...
+
+
+@runtime_checkable
+class EncodesParts(Protocol):
+    """A codec that hands out its encoding in pieces, which saves a copy of everything that is sent."""
+
+    def parts(self, keys: torch.Tensor, values: torch.Tensor, config: Any) -> Sequence[torch.Tensor]:
+        """Tensors whose bytes one after another are what ``Codec.encode`` returns; the inputs themselves are allowed."""
         ...

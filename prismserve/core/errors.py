@@ -6,6 +6,7 @@ PrismServeError
 │   └── UnknownMethodError     no such compression method, codec or preset
 ├── NotFoundError              unknown model; HTTP 404, gRPC NOT_FOUND
 ├── AuthenticationError        missing or wrong credential; HTTP 401
+├── ForbiddenError             the credential does not allow this; HTTP 403
 ├── OverloadedError            bounded queue full; HTTP 429 with Retry-After
 ├── DeadlineExceededError      a wait reached its deadline; HTTP 504
 ├── RequestCancelledError      the caller went away
@@ -59,6 +60,10 @@ class NotFoundError(PrismServeError):
 
 class AuthenticationError(PrismServeError):
     """The credential is missing or not known."""
+
+
+class ForbiddenError(PrismServeError):
+    """The credential is known but does not allow this."""
 
 
 class OverloadedError(PrismServeError):

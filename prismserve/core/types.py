@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -30,6 +31,14 @@ class WorkerState(enum.StrEnum):
     READY = "ready"
     DRAINING = "draining"
     LOST = "lost"
+
+
+class Tier(enum.IntEnum):
+    """Where a worker keeps a block, fastest first. The numbers are part of stored and sent forms."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
 
 
 class FinishReason(enum.StrEnum):
@@ -111,37 +120,82 @@ class MethodSpec:
 
 @dataclass(frozen=True, slots=True)
 class CompressionPlan:
-    """What is done to one request's visual tokens and to its KV on the wire.
+    """What is done to one request's visual tokens, before the decoder and within it, and to its KV on the wire.
 
-    ``visual`` and ``wire`` are always set; ``none`` is the identity. Visual fingerprints enter cache keys, wire
-    codecs do not: they change bytes in flight, and lossy codecs mark what they produce (see ``lossy``).
+    All are always set; ``none`` is the identity. Visual fingerprints enter the keys of images, prefill fingerprints the
+    request's namespace (:func:`prefill_namespace`). Wire codecs do neither: they change bytes in flight, and lossy
+    codecs mark what they produce (see ``lossy``).
     """
 
     visual: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
     wire: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
     preset: str = "custom"
+    prefill: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
 
     @property
     def exact(self) -> bool:
         """Whether outputs are bit-equal to serving without compression."""
-        return self.visual.name == "none" and self.wire.name == "none"
+        return self.visual.name == self.prefill.name == self.wire.name == "none"
+
+
+class MediaKind(enum.StrEnum):
+    """What a media item is."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTimes:
+    """When the frames of a video are shown.
+
+    Attributes:
+        seconds: of each frame, from the start of the video; ascending, at least one.
+        rate: frames per second of these frames, on average over the whole video.
+    """
+
+    seconds: tuple[float, ...]
+    rate: float
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are."""
+        return len(self.seconds)
+
+    def packed(self) -> bytes:
+        """Bytes that differ wherever the times do."""
+        return struct.pack(f"<{self.frames + 1}d", self.rate, *self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class MediaInput:
-    """One image of a request.
+    """One image or video of a request, already validated.
 
     Attributes:
-        data: the encoded file (PNG, JPEG or WebP), already validated.
-        pixel_hash: 32 bytes over mode, shape and pixels after decoding.
+        data: of an image, the encoded file (PNG, JPEG or WebP). Of a video, the samples of the frames that were
+            chosen, uint8 [frames, height, width, 3] in RGB: the container is opened once, where it arrives, and every
+            worker sees the same pixels whatever decoder it has.
+        pixel_hash: 32 bytes over mode, shape and pixels after decoding; of a video, over its times too.
         width_px: width after decoding.
         height_px: height after decoding.
+        times: of a video, when its frames are shown; None for an image.
     """
 
     data: bytes
     pixel_hash: bytes
     width_px: int
     height_px: int
+    times: FrameTimes | None = None
+
+    @property
+    def kind(self) -> MediaKind:
+        """Image or video."""
+        return MediaKind.IMAGE if self.times is None else MediaKind.VIDEO
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 0 for an image."""
+        return 0 if self.times is None else self.times.frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +222,7 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class MediaSegment:
-    """The place of one image in a prompt.
+    """The place of one image or video in a prompt.
 
     Attributes:
         media_index: which entry of ``Request.media``.
@@ -177,6 +231,8 @@ class MediaSegment:
         raw_tokens: cache slots it would take without compression.
         position_span: how far the position of what follows lies behind its first; None where every raw token has a
             position of its own (survivors keep theirs).
+        position_reach: one more than the last of its positions, counted from its first; None where that is the span.
+            The time of a long video may reach beyond the position of the text behind it.
     """
 
     media_index: int
@@ -184,11 +240,17 @@ class MediaSegment:
     tokens: int
     raw_tokens: int
     position_span: int | None = None
+    position_reach: int | None = None
 
     @property
     def positions(self) -> int:
         """Positions it spans."""
         return self.raw_tokens if self.position_span is None else self.position_span
+
+    @property
+    def reach(self) -> int:
+        """One more than the last of its positions, counted from its first."""
+        return self.positions if self.position_reach is None else self.position_reach
 
 
 Segment: TypeAlias = TextSegment | MediaSegment
@@ -196,7 +258,7 @@ Segment: TypeAlias = TextSegment | MediaSegment
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Text and image segments in order."""
+    """Text and media segments in order."""
 
     segments: tuple[Segment, ...]
 
@@ -212,8 +274,13 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Position of the first generated token: one more than the last of the prompt."""
-        return sum(s.positions for s in self.segments)
+        """Position of the first generated token: one more than the highest of the prompt."""
+        following = highest = 0
+        for segment in self.segments:
+            if isinstance(segment, MediaSegment):
+                highest = max(highest, following + segment.reach)
+            following += segment.positions
+        return max(following, highest)
 
     @property
     def visual_tokens(self) -> int:
@@ -226,7 +293,7 @@ class Prompt:
         return sum(s.raw_tokens for s in self.segments if isinstance(s, MediaSegment))
 
     def media_segments(self) -> Iterator[MediaSegment]:
-        """The image segments in order."""
+        """The segments of images and videos in order."""
         return (s for s in self.segments if isinstance(s, MediaSegment))
 
 
@@ -240,7 +307,11 @@ class Request:
         namespace: 32 bytes: model, KV layout and tenant; the root of the block-key chain.
         wire_namespace: root of the chain for KV that crossed the wire; equals ``namespace`` for exact codecs,
             because KV restored from a lossy codec is not interchangeable with the KV it came from.
+        tenant: names who caches what on a worker; "" is the default tenant.
+        cache_share: part of a worker's KV blocks that cached prefixes of this tenant may fill while others want room.
         resume_token_ids: tokens already emitted by an earlier attempt, continued and not emitted again.
+        scoring_token_ids: the text by which a visual method that asks about the question ranks, see
+            ``Processor.scoring_ids``; empty under any other method.
         timeout_s: time left for the whole request when the message was sent, in seconds.
     """
 
@@ -255,6 +326,9 @@ class Request:
     resume_token_ids: tuple[int, ...] = ()
     priority: int = 0
     timeout_s: float = 600.0
+    tenant: str = ""
+    cache_share: float = 1.0
+    scoring_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +336,11 @@ class KVLayout:
     """What makes KV bytes interchangeable between two workers.
 
     A block holds ``block_tokens`` tokens of one layer: K and V, each [block_tokens, kv_heads, head_dim].
+
+    Attributes:
+        dtype: of keys and values as attention and codecs see them.
+        kv_format: how they lie in memory: ``plain`` in ``dtype``; ``fp8``, ``int8`` or ``int4`` as codes with a float16
+            scale (for int4 also an offset) per token, head and side.
     """
 
     dtype: str
@@ -270,20 +349,37 @@ class KVLayout:
     head_dim: int
     block_tokens: int
     position_scheme: str = "rope"
+    kv_format: str = "plain"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values lie in memory as codes."""
+        return self.kv_format != "plain"
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element of ``dtype``."""
         return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes in memory of one row: the keys or the values of one token and head."""
+        scale_bytes = 2
+        return {
+            "plain": self.head_dim * self.dtype_bytes,
+            "fp8": self.head_dim + scale_bytes,
+            "int8": self.head_dim + scale_bytes,
+            "int4": self.head_dim // 2 + 2 * scale_bytes,
+        }[self.kv_format]
+
+    @property
     def token_layer_bytes(self) -> int:
-        """Bytes of K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+        """Bytes in memory of K and V of one token in one layer."""
+        return 2 * self.kv_heads * self.row_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of K and V of one token over all layers."""
+        """Bytes in memory of K and V of one token over all layers."""
         return self.layers * self.token_layer_bytes
 
     def fingerprint(self) -> bytes:
@@ -291,7 +387,15 @@ class KVLayout:
         return digest(
             "kv-layout",
             canonical_json(
-                [self.dtype, self.layers, self.kv_heads, self.head_dim, self.block_tokens, self.position_scheme]
+                [
+                    self.dtype,
+                    self.layers,
+                    self.kv_heads,
+                    self.head_dim,
+                    self.block_tokens,
+                    self.position_scheme,
+                    self.kv_format,
+                ]
             ),
         )
 
@@ -346,6 +450,11 @@ class WorkerStats:
     transfer_failures: int = 0
     prefill_tokens_per_s: float = 0.0
     step_ms: float = 0.0
+    tier_host_blocks: int = 0
+    tier_disk_blocks: int = 0
+    tier_restored_tokens: int = 0
+    tier_corrupt_blocks: int = 0
+    tier_errors: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +498,7 @@ class Payload:
         offset_bytes: from the start of the extent.
         encoded_bytes: length.
         checksum: 16 bytes, XXH3-128 over the encoded bytes.
+        codec: how it is encoded, as a place in ``compression.wire.table`` of the transfer's codec; 0 for an embedding.
     """
 
     layer: int
@@ -397,6 +507,7 @@ class Payload:
     offset_bytes: int
     encoded_bytes: int
     checksum: bytes
+    codec: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +523,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,7 +557,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
-    """What the prefill side measured for one request, for the usage report."""
+    """What the prefill side measured for one request, for the usage report.
+
+    ``visual_tokens_by_cut`` are the visual tokens a prefill method left behind each of its cuts; empty without one.
+    """
 
     worker_id: str = ""
     cached_tokens: int = 0
@@ -461,6 +575,7 @@ class PrefillReport:
     transfer_ms: float = 0.0
     transfer_exposed_ms: float = 0.0
     transport: str = "local"
+    visual_tokens_by_cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,6 +614,14 @@ def namespace(model_fingerprint: bytes, layout: KVLayout, tenant_salt: bytes) ->
         message = f"model_fingerprint must be {DIGEST_BYTES} bytes, got {len(model_fingerprint)}"
         raise ValueError(message)
     return digest("namespace", model_fingerprint, layout.fingerprint(), tenant_salt)
+
+
+def prefill_namespace(root: bytes, method: MethodSpec) -> bytes:
+    """The chain root of requests whose visual tokens a prefill method reduces inside the decoder.
+
+    What such a request leaves in a cache is found by requests of the same plan only, whatever share code the method has.
+    """
+    return root if method.name == "none" else digest("namespace-prune", root, method.fingerprint())
 
 
 def wire_namespace(root: bytes, codec: MethodSpec, *, lossy: bool) -> bytes:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prismserve.kernels.paged_attention import attend, plan_batch, write_kv
+from prismserve.kernels.paged_attention import attend, attend_with_lse, plan_batch, write_kv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prismserve.engine.pool import KVPool
     from prismserve.engine.ragged import LayerTable
     from prismserve.kernels.paged_attention import PagedBatch
+    from prismserve.kernels.paged_cache import LayerKV
 
 
 class PagedAttention:
@@ -30,7 +31,7 @@ class PagedAttention:
         starts: Sequence[int],
         counts: Sequence[int],
         slots: torch.Tensor,
-        ragged: Sequence[tuple[Sequence[LayerTable], int]] = (),
+        ragged: Sequence[tuple[Sequence[LayerTable], Sequence[int]]] = (),
     ) -> None:
         """Plan one step.
 
@@ -40,8 +41,8 @@ class PagedAttention:
             starts: cache slots each of them held before this step.
             counts: tokens of each of them in this step, flattened in this order.
             slots: [T] int64, ``group * block_tokens + offset`` of each token; those of ragged sequences are not read.
-            ragged: tables by layer, as they are before this step, and tokens of each ragged sequence, flattened after
-                the uniform ones.
+            ragged: tables by layer, as they are before this step, and tokens by layer of each ragged sequence,
+                flattened after the uniform ones; a layer's tokens are looked at when it is attended to.
         """
         self._pool = pool
         self._ragged = ragged
@@ -49,46 +50,53 @@ class PagedAttention:
         self._slots = slots[: self._rows]
         self._scale = pool.layout.head_dim**-0.5
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        self._batch = plan_batch(tables, counts, ends, pool.block_tokens, pool.storage.device)
+        self._batch = plan_batch(tables, counts, ends, pool.block_tokens, pool.device)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store k and v ([T, kv_heads, d], after RoPE) and return the attention output [T, heads, d]."""
-        dtype = self._pool.storage.dtype
-        if q.dtype is not dtype:
-            return self.attend(layer, q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
-        if not self._ragged:
-            return self._over(self._pool.storage[:, layer], self._slots, self._batch, (q, k, v))
-        slots, batch = self._layer_plan(layer)
-        rows = self._rows
-        tail = self._over(self._pool.blocks, slots, batch, (q[rows:], k[rows:], v[rows:]))
-        if rows == 0:
-            return tail
-        head = self._over(self._pool.storage[:, layer], self._slots, self._batch, (q[:rows], k[:rows], v[:rows]))
-        return torch.cat((head, tail))
+        dtype = self._pool.memory.dtype
+        q_, k, v = (part.to(dtype) for part in (q, k, v))
+        outs = [attend(rows, view, batch, self._scale) for rows, view, batch in self._stored(layer, q_, k, v)]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(q.dtype)
 
-    def _over(
-        self,
-        view: torch.Tensor,
-        slots: torch.Tensor,
-        batch: PagedBatch,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        q, k, v = qkv
-        write_kv(view, slots, k, v)
-        return attend(q, view, batch, self._scale)
+    def attend_with_lse(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`attend`, and the log-sum-exp of every row's scaled scores, [T, heads] float32."""
+        dtype = self._pool.memory.dtype
+        q_, k, v = (part.to(dtype) for part in (q, k, v))
+        pairs = [attend_with_lse(rows, view, batch, self._scale) for rows, view, batch in self._stored(layer, q_, k, v)]
+        outs, sums = zip(*pairs, strict=True)
+        return torch.cat(outs).to(q.dtype), torch.cat(sums)
+
+    def _stored(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> list[tuple[torch.Tensor, LayerKV, PagedBatch]]:
+        """Store keys and values; the queries of uniform and of ragged sequences with what they attend over."""
+        rows = self._rows
+        parts: list[tuple[torch.Tensor, LayerKV, PagedBatch]] = []
+        if rows or not self._ragged:
+            view = self._pool.layer(layer)
+            write_kv(view, self._slots, k[:rows], v[:rows])
+            parts.append((q[:rows], view, self._batch))
+        if self._ragged:
+            slots, batch = self._layer_plan(layer)
+            write_kv(self._pool.blocks, slots, k[rows:], v[rows:])
+            parts.append((q[rows:], self._pool.blocks, batch))
+        return parts
 
     def _layer_plan(self, layer: int) -> tuple[torch.Tensor, PagedBatch]:
         """Slots and plan of the ragged sequences in one layer, over the pool's single-layer blocks."""
-        size, device = self._pool.block_tokens, self._pool.blocks.device
+        size, device = self._pool.block_tokens, self._pool.device
         slots: list[int] = []
         tables: list[list[int]] = []
         counts: list[int] = []
         ends: list[int] = []
-        for layers, count in self._ragged:
-            table = layers[layer]
+        for layers, layer_counts in self._ragged:
+            table, count = layers[layer], layer_counts[layer]
             end = table.tokens + count
             slots.extend(table.blocks[slot // size] * size + slot % size for slot in range(table.tokens, end))
             tables.append(table.blocks)
             counts.append(count)
             ends.append(end)
-        return torch.tensor(slots, device=device), plan_batch(tables, counts, ends, size, device)
+        return torch.tensor(slots, dtype=torch.int64, device=device), plan_batch(tables, counts, ends, size, device)

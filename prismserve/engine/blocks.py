@@ -6,18 +6,24 @@ from typing import TYPE_CHECKING
 
 from prismserve.core.errors import EngineError, OutOfBlocksError
 from prismserve.core.prompt import block_key
-from prismserve.engine.prefix_cache import PrefixCache, PrefixMatch
+from prismserve.engine.prefix_cache import CacheOwner, PrefixCache, PrefixMatch
 from prismserve.engine.ragged import RaggedLayers, check_tables
 from prismserve.engine.scheduler import Room
 from prismserve.engine.swap import SwapSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from collections.abc import Sequence as Items
 
     import torch
 
     from prismserve.engine.pool import KVPool
     from prismserve.engine.sequence import Sequence
+
+
+def owner_of(sequence: Sequence) -> CacheOwner:
+    """Whose the blocks of a sequence are once they are cached."""
+    return CacheOwner(sequence.request.tenant, sequence.request.cache_share)
 
 
 class BlockManager:
@@ -47,12 +53,15 @@ class BlockManager:
     def admission(self, sequence: Sequence, match: PrefixMatch) -> Room:
         """Free or idle room that admitting the sequence takes up, idle matched groups included."""
         idle = sum(self.pool.references[group] == 0 for group in match.groups)
+        if sequence.pruning is not None:
+            base = sequence.pruning.base // self.pool.block_tokens
+            return Room(base - len(match.groups) + idle, self._ragged.missing_of(sequence.pruning.room, base))
         return Room(self.pool.blocks_for(sequence.cached + sequence.computable) - len(match.groups) + idle)
 
     def growth(self, sequence: Sequence) -> Room:
         """Room still missing for all slots that can be computed."""
         if sequence.ragged is not None:
-            return Room(0, self._ragged.missing(sequence, sequence.computable))
+            return Room(0, self._ragged.missing(sequence, self._ahead(sequence)))
         return Room(max(0, self.pool.blocks_for(sequence.cached + sequence.computable) - len(sequence.table)))
 
     def releasable(self, sequence: Sequence) -> Room:
@@ -70,6 +79,9 @@ class BlockManager:
             OutOfBlocksError: too few blocks; the sequence is unchanged.
         """
         match = self.match(sequence)
+        if sequence.pruning is not None:
+            self._ragged.open(sequence, match.groups, sequence.pruning.base, sequence.pruning.room)
+            return
         held = list(match.groups)
         self.pool.retain(held)
         wanted = self.pool.blocks_for(sequence.cached + sequence.computable) - len(held)
@@ -80,7 +92,7 @@ class BlockManager:
         sources = [source] if source is not None else []
         self.pool.retain(sources)
         try:
-            fresh = self.prefix.allocate(wanted)
+            fresh = self.prefix.allocate(wanted, owner_of(sequence))
         except EngineError:
             self.prefix.release([*held, *sources])
             raise
@@ -101,7 +113,7 @@ class BlockManager:
         held = self.prefix.held_run(sequence.keys[:blocks])
         self.pool.retain(held)
         try:
-            fresh = self.prefix.allocate(blocks - len(held))
+            fresh = self.prefix.allocate(blocks - len(held), owner_of(sequence))
         except EngineError:
             self.prefix.release(held)
             raise
@@ -109,14 +121,31 @@ class BlockManager:
         sequence.published = len(held)
         sequence.cached = sequence.prefix_tokens = len(held) * self.pool.block_tokens
 
+    def reserve_layers(self, sequence: Sequence, room: Items[int]) -> None:
+        """Give a sequence blocks for ``room`` slots in each layer, whose KV will be written from outside.
+
+        Raises:
+            OutOfBlocksError: too few blocks; the sequence is unchanged.
+        """
+        self._ragged.open(sequence, (), 0, room)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back blocks of a ragged sequence that hold nothing."""
+        self._ragged.trim(sequence)
+
+    def _ahead(self, sequence: Sequence) -> int:
+        """Slots to have room for in every layer; a prompt under a prefill method was given all its room at once."""
+        within = sequence.pruning is not None and sequence.cached < sequence.pruning.prompt_tokens
+        return 0 if within else sequence.computable
+
     def grow(self, sequence: Sequence) -> None:
         """Allocate what is missing for all slots that can be computed; OutOfBlocksError if there is too little."""
         if sequence.ragged is not None:
-            self._ragged.grow(sequence, sequence.computable)
+            self._ragged.grow(sequence, self._ahead(sequence))
             return
         missing = self.growth(sequence).blocks
         if missing:
-            sequence.table.extend(self.prefix.allocate(missing))
+            sequence.table.extend(self.prefix.allocate(missing, owner_of(sequence)))
 
     def compact(self, sequence: Sequence, layer: int, keep: torch.Tensor) -> None:
         """Keep some of a layer's slots: see :meth:`prismserve.engine.ragged.RaggedLayers.compact`."""
@@ -153,7 +182,12 @@ class BlockManager:
         return True
 
     def swap_out(self, sequence: Sequence) -> bool:
-        """Move a sequence's KV to host memory and let go of its blocks; False, and nothing done, without room."""
+        """Move a sequence's KV to host memory and let go of its blocks; False, and nothing done, without room.
+
+        A prompt on its way through cuts is computed again instead: rows that wait between layers are not swapped.
+        """
+        if sequence.pruning is not None and sequence.cached < sequence.pruning.prompt_tokens:
+            return False
         if not self.swap.copy_out(sequence):
             return False
         self.release(sequence)
@@ -171,12 +205,15 @@ class BlockManager:
             movable: whether its table may change; if not, publishing ends at the first conflict.
         """
         block = self.pool.block_tokens
-        while sequence.publishable and sequence.published < sequence.cached // block:
+        full = min(sequence.cached // block, len(sequence.keys), len(sequence.table))
+        # The tables of a ragged sequence's layers name the groups too.
+        movable = movable and sequence.ragged is None
+        while sequence.publishable and sequence.published < full:
             index = sequence.published
             parent = sequence.keys[index - 1] if index else sequence.namespace
             own = sequence.table[index]
             slots = sequence.slots[index * block : (index + 1) * block]
-            listed = self.prefix.insert(parent, sequence.keys[index], own, slots)
+            listed = self.prefix.insert(parent, sequence.keys[index], own, slots, owner_of(sequence))
             if listed != own:
                 if not movable:
                     sequence.publishable = False
@@ -194,7 +231,8 @@ class BlockManager:
         if computed and sequence.publishable and sequence.published == index and self.prefix.enabled:
             parent = sequence.keys[index - 1] if index else sequence.namespace
             slots = sequence.slots[index * block : sequence.cached]
-            self.prefix.insert(parent, block_key(parent, slots), sequence.table[index], slots)
+            key = block_key(parent, slots)
+            self.prefix.insert(parent, key, sequence.table[index], slots, owner_of(sequence))
 
     def release(self, sequence: Sequence) -> None:
         """Drop the sequence's blocks."""

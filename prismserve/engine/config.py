@@ -17,8 +17,11 @@ class EngineConfig(FrozenConfig):
     Attributes:
         block_tokens: tokens per KV block.
         kv_cache_bytes: memory of the KV pool; None sizes it from free memory and what ``max_running`` can use.
-        kv_cache_dtype: element type of the KV pool: that of the weights (``auto``) or ``bf16``. ``fp8``, ``int8`` and
-            ``int4`` are refused, since attention over them is not offered.
+        kv_cache_dtype: how keys and values are kept: in the type of the weights (``auto``), in ``bf16``, or as ``fp8``
+            (e4m3), ``int8`` or ``int4`` codes with a scale per token and head. Two bytes of scale (``int4``: four) come
+            to each head_dim of codes.
+        cuda_graphs: whether decode steps on a CUDA device are recorded once per batch size and replayed; off, every
+            kernel is launched in every step.
         scheduler: ``stall_free`` bounds the prefill tokens of a step that also decodes; ``exact_fill`` fills every
             step to ``max_step_tokens``.
         max_step_tokens: tokens computed in one step, decodes and prefill chunks together.
@@ -44,6 +47,7 @@ class EngineConfig(FrozenConfig):
     block_tokens: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: PositiveInt | None = None
     kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8", "int4"] = "auto"
+    cuda_graphs: bool = True
     scheduler: Literal["stall_free", "exact_fill"] = "stall_free"
     max_step_tokens: PositiveInt = 2048
     max_mixed_prefill_tokens: PositiveInt = 512

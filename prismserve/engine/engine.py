@@ -19,14 +19,17 @@ from prismserve.engine.blocks import BlockManager
 from prismserve.engine.constraints import ConstraintCompiler, checked_matcher
 from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
+from prismserve.engine.graphs import DecodeGraphs, replay_for
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
 from prismserve.engine.metrics import Counters, MovingAverage
 from prismserve.engine.pool import KVPool
+from prismserve.engine.prefix_cache import CacheOwner
 from prismserve.engine.profile import profile_bytes
+from prismserve.engine.pruning import plan_pruning
 from prismserve.engine.runner import ModelRunner
 from prismserve.engine.sequence import Sequence, State, Work
-from prismserve.engine.sizing import free_memory, kv_dtype, plan_kv_groups
+from prismserve.engine.sizing import free_memory, kv_dtype, kv_format, plan_kv_groups
 from prismserve.engine.stepper import Stepper
 from prismserve.engine.vision import VisionPipeline
 
@@ -83,14 +86,19 @@ class Engine:
             head_dim=decoder.head_dim,
             block_tokens=config.block_tokens,
             position_scheme=decoder.position_scheme,
+            kv_format=kv_format(config.kv_cache_dtype, decoder.head_dim),
         )
         free, share = free_memory(model.device)
         if config.kv_cache_bytes is None:
             free = max(0, free - profile_bytes(model, self.layout, config.max_step_tokens))
         groups = plan_kv_groups(config, self.layout, free, self.max_model_len, share=share)
-        self.pool = KVPool(self.layout, groups, model.device)
+        replay = replay_for(config, decoder, model.device)
+        self.pool = KVPool(self.layout, groups, model.device, scratch=replay is not None)
+        per_sequence = self.pool.blocks_for(self.max_model_len)
+        graphs = None if replay is None else DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay)
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
+        self._processor = processor
         self._clock = clock
         self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
         self._pipeline = VisionPipeline(model, processor, self.image_cache)
@@ -99,7 +107,7 @@ class Engine:
             model=model,
             blocks=self._blocks,
             images=images,
-            runner=ModelRunner(model, self.pool),
+            runner=ModelRunner(model, self.pool, graphs),
             config=config,
             max_model_len=self.max_model_len,
             clock=clock,
@@ -127,7 +135,7 @@ class Engine:
             worker: ``local`` prefills and decodes here; ``prefill`` stops after the first token and keeps the
                 blocks until :meth:`release_export`.
             sink_factory: called in the engine thread when the blocks are allocated, before the first layer runs.
-            taps: query rows of the prompt to score, in which layers; to be read once the first token is out.
+            taps: what to look at in the prompt, in which layers; to be read once the first token is out.
             matcher: of the request's constraint, if it has one, from ``constraints.compile``; the engine's from now on.
 
         Raises:
@@ -141,9 +149,14 @@ class Engine:
         namespace = request.namespace if work is Work.PREFILL else request.wire_namespace
         sequence = self._create(request, work, namespace, matcher)
         self._check_new(sequence)
-        if taps is not None and (max(taps.layers) >= self.layout.layers or max(taps.slots) >= sequence.length):
-            message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
-            raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+        if taps is not None:
+            if max(taps.layers) >= self.layout.layers or max(taps.all_slots) >= sequence.length:
+                message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
+                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+            if sequence.pruning is not None:
+                message = "rows of a prompt under a prefill method leave between layers and cannot be tapped"
+                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+            taps.begin(sequence.length, exact_keys=self.layout.quantised)
         sequence.taps = taps
         self._sequences[sequence.identity] = sequence
         self._stepper.add(sequence, sink_factory)
@@ -199,6 +212,9 @@ class Engine:
         if decoder.windows or decoder.bidirectional_images:
             message = "KV of a model with sliding windows or bidirectional images cannot be compacted yet"
             raise EngineError(message, request_id=request_id)
+        if sequence.staged:
+            message = "the request's prompt is on its way through a prefill method, so it cannot be compacted"
+            raise EngineError(message, request_id=request_id)
         if sequence.streamed:
             message = "an export reads this request's KV layer by layer, so it cannot be compacted"
             raise EngineError(message, request_id=request_id)
@@ -253,10 +269,13 @@ class Engine:
         next_position: int,
         report: PrefillReport | None,
         first_logprobs: tuple[TokenLogprobs, ...] = (),
+        *,
+        layer_tokens: tuple[int, ...] | None = None,
     ) -> None:
         """All KV of the ticket is written: publish it and join the running batch.
 
-        The first tokens come out of the next step, with ``report``.
+        The first tokens come out of the next step, with ``report``. ``layer_tokens`` are the slots written in each
+        layer; None stands for all of the prompt's in every one.
 
         Raises:
             EngineError: the ticket has ended, or does not fit what is said; an open ticket stays open.
@@ -274,12 +293,22 @@ class Engine:
         if len(first_logprobs) != (0 if request.sampling.logprobs is None else len(first_token_ids)):
             message = f"{len(first_token_ids)} first tokens come with {len(first_logprobs)} log-probabilities"
             raise EngineError(message, request_id=ticket.request_id)
-        self._imports.finish(ticket)
+        if layer_tokens is not None and not self.import_accepts(ticket, layer_tokens):
+            message = f"{layer_tokens} slots by layer do not fit the request's prompt of {ticket.prompt_tokens}"
+            raise EngineError(message, request_id=ticket.request_id)
+        self._imports.finish(ticket, layer_tokens)
         self._stepper.counters.prefix_query_tokens += ticket.prompt_tokens
         self._stepper.counters.prefix_hit_tokens += ticket.cached_tokens
         self._stepper.join(sequence, first_token_ids, report, first_logprobs)
         if sequence.ended:
             del self._sequences[sequence.identity]
+
+    def import_accepts(self, ticket: ImportTicket, layer_tokens: tuple[int, ...]) -> bool:
+        """Whether KV of so many slots in each layer can be that of the ticket's request."""
+        pruning = self._imports.peek(ticket).pruning
+        if pruning is None:
+            return layer_tokens == (ticket.prompt_tokens,) * self.layout.layers
+        return pruning.accepts(layer_tokens, ticket.prompt_tokens)
 
     def abort_import(self, ticket: ImportTicket) -> None:
         """Free a ticket's blocks (an import's or an adoption's); nothing happens if it has ended."""
@@ -305,6 +334,69 @@ class Engine:
             message = "an adoption ends with its own request"
             raise EngineError(message, request_id=ticket.request_id)
         self._imports.finish_adoption(ticket)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one full block over all layers, as :meth:`copy_block` gives it."""
+        return self.pool.memory.group_bytes
+
+    def copy_block(self, key: BlockKey, target: torch.Tensor) -> CacheOwner | None:
+        """Copy a cached full block without holding it; may be called from any thread.
+
+        Args:
+            key: of the block.
+            target: uint8 [group_bytes] on the CPU; holds garbage where None is returned.
+
+        Returns:
+            Whose block it is; None if it is not cached, or was given to somebody else while it was copied.
+        """
+        prefix = self._blocks.prefix
+        found = prefix.full_block(key)
+        if found is None:
+            return None
+        group, owner = found
+        (tag,) = self.pool.tags((group,))
+        self.pool.memory.copy_group_out(group, target)
+        # A full, listed block does not change; what left the list meanwhile has another tag, or another key.
+        if prefix.full_block(key) != found or self.pool.tags((group,)) != (tag,):
+            return None
+        return CacheOwner(owner, prefix.share_of(owner))
+
+    def held_blocks(self, keys: Items[BlockKey]) -> int:
+        """Length of the longest leading run of ``keys`` that is cached."""
+        return len(self._blocks.prefix.held_run(keys))
+
+    def adopt_blocks(
+        self,
+        request: Request,
+        first: int,
+        blocks: Items[torch.Tensor],
+        *,
+        worker: Literal["local", "prefill"] = "prefill",
+    ) -> int:
+        """Put blocks that were kept elsewhere back into the prefix cache, at once.
+
+        Args:
+            request: whose prompt they are of.
+            first: which block of its chain the first of them is.
+            blocks: uint8 [group_bytes] each, as :meth:`copy_block` gave them under the same keys.
+            worker: as for :meth:`submit`.
+
+        Returns:
+            Blocks taken in; 0 if those before ``first`` are not cached any more.
+
+        Raises:
+            OverloadedError: too few blocks now.
+        """
+        ticket = self.adopt_prefix_begin(request, first + len(blocks), worker=worker)
+        held = ticket.cached_tokens // self.config.block_tokens
+        if held < first:
+            self.abort_import(ticket)
+            return 0
+        for index in range(held, len(ticket.table)):
+            self.pool.memory.copy_group_in(ticket.table[index], blocks[index - first])
+        self.adopt_prefix_finish(ticket, request)
+        return len(ticket.table) - held
 
     def pin_blocks(self, keys: Items[BlockKey]) -> PinnedBlocks:
         """Hold the longest leading run of ``keys`` that is cached, until :meth:`unpin`."""
@@ -397,7 +489,10 @@ class Engine:
     def _lay_out(self, request: Request, work: Work, namespace: bytes) -> Sequence:
         check_request(request, vocab_size=self._model.vocab_size, max_model_len=self.max_model_len)
         self._next_order += 1
-        return Sequence.create(self._next_order, request, work, namespace, self.config.block_tokens, self._clock())
+        size = self.config.block_tokens
+        sequence = Sequence.create(self._next_order, request, work, namespace, size, self._clock())
+        sequence.prune(plan_pruning(request, sequence.spans, self._model.decoder.config, self._processor, size), size)
+        return sequence
 
     def _check_new(self, sequence: Sequence) -> None:
         request = sequence.request

@@ -40,7 +40,7 @@ class MaskedAttention:
         """
         self._ordinary = ordinary
         self._windows = config.windows or (0,) * config.layers
-        self._storage = pool.storage
+        self._pool = pool
         self._slots = slots
         self._scale = pool.layout.head_dim**-0.5
         self._rows: list[MaskedRows] = []
@@ -48,7 +48,7 @@ class MaskedAttention:
         for item in items:
             cached = item.start + item.tokens
             table = item.sequence.table[: -(-cached // pool.block_tokens)]
-            blocks = torch.tensor(table, dtype=torch.int64, device=pool.storage.device)
+            blocks = torch.tensor(table, dtype=torch.int64, device=pool.device)
             together = item.sequence.images_within(item.start, cached) if config.bidirectional_images else ()
             self._rows.append(MaskedRows(start, item.tokens, cached, blocks, together))
             start += item.tokens
@@ -59,6 +59,7 @@ class MaskedAttention:
         window = self._windows[layer]
         if not window and not self._images:
             return self._ordinary.attend(layer, q, k, v)
-        view = self._storage[:, layer]
-        write_kv(view, self._slots, k, v)
-        return masked_attention(q, view, self._rows, self._scale, window)
+        dtype = self._pool.memory.dtype
+        view = self._pool.layer(layer)
+        write_kv(view, self._slots, k.to(dtype), v.to(dtype))
+        return masked_attention(q.to(dtype), view, self._rows, self._scale, window).to(q.dtype)

@@ -10,13 +10,29 @@ import torch
 
 from prismserve.core.errors import EngineError, LeaseExpiredError, OutOfBlocksError
 from prismserve.engine.slab import Slab
+from prismserve.engine.storage import KVStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from prismserve.core.types import KVLayout
+    from prismserve.kernels.paged_cache import LayerKV
 
-KEYS, VALUES = 0, 1
+
+class TableReader:
+    """Reads consecutive tokens of one sequence, as numbers or as they lie in memory."""
+
+    def __init__(self, pool: KVPool, table: Sequence[int], layer_tables: Sequence[Sequence[int]] | None) -> None:
+        self._pool = pool
+        self._table = table
+        self._layer_tables = layer_tables
+
+    def __call__(self, layer: int, start_token: int, tokens: int, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`KVPool.read_rows` or :meth:`KVPool.read`."""
+        if self._layer_tables is not None:
+            return self._pool.read_blocks(self._layer_tables[layer], start_token, tokens, rows=rows)
+        read = self._pool.read_rows if rows else self._pool.read
+        return read(layer, self._table, start_token, tokens)
 
 
 class KVPool:
@@ -32,22 +48,28 @@ class KVPool:
     groups that thread's import or export holds; the lock orders a checked write against the freeing of its groups.
 
     Attributes:
-        storage: [groups, layers, 2, block_tokens, kv_heads, head_dim] in the layout's dtype.
-        blocks: the same memory as [groups * layers, 2, block_tokens, kv_heads, head_dim], one row per layer block.
+        memory: the blocks themselves.
+        storage: [groups, layers, 2, block_tokens, kv_heads, head_dim] in the layout's dtype; codes as bytes where the
+            layout is quantised.
         slab: the broken groups.
     """
 
-    def __init__(self, layout: KVLayout, groups: int, device: torch.device | str = "cpu") -> None:
-        """Allocate ``groups`` groups of ``layout.block_tokens`` tokens each (memory is touched on first use)."""
+    def __init__(
+        self, layout: KVLayout, groups: int, device: torch.device | str = "cpu", *, scratch: bool = False
+    ) -> None:
+        """Allocate ``groups`` groups of ``layout.block_tokens`` tokens each (memory is touched on first use).
+
+        With ``scratch`` there is one more, :attr:`scratch_group`, that is never handed out.
+        """
         if groups < 1:
             message = f"the KV pool needs at least 1 group, got {groups}"
             raise ValueError(message)
         self.layout = layout
         self.groups = groups
         self.block_tokens = layout.block_tokens
-        shape = (groups, layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
-        self.storage = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
-        self.blocks = self.storage.view(groups * layout.layers, *shape[2:])
+        self.memory = KVStorage(layout, groups + scratch, device)
+        self.scratch_group = groups
+        self.storage = self.memory.parts[0]
         self.slab = Slab(layout.layers)
         self.references = [0] * groups
         self.generations = [0] * groups
@@ -70,6 +92,20 @@ class KVPool:
     def used_groups(self) -> int:
         """Groups referenced by a table or a pin, and broken ones."""
         return self.groups - len(self._free) - self._idle
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.memory.device
+
+    @property
+    def blocks(self) -> LayerKV:
+        """Single-layer blocks as one layer of ``groups * layers`` groups, as the kernels take it."""
+        return self.memory.blocks
+
+    def layer(self, layer: int) -> LayerKV:
+        """One layer of every group, as the kernels take it."""
+        return self.memory.layer(layer)
 
     def blocks_for(self, tokens: int) -> int:
         """Groups that hold ``tokens`` tokens."""
@@ -153,7 +189,7 @@ class KVPool:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first ``tokens`` tokens of every layer of one group to another."""
-        self.storage[target, :, :, :tokens].copy_(self.storage[source, :, :, :tokens])
+        self.memory.copy_tokens(source, target, tokens)
 
     def write(
         self,
@@ -170,8 +206,8 @@ class KVPool:
             layer: decoder layer.
             table: groups of the sequence, in order; only those the range covers are touched.
             start_token: first cache slot to write.
-            keys: [T, kv_heads, head_dim].
-            values: [T, kv_heads, head_dim].
+            keys: [T, kv_heads, head_dim] numbers; or rows as :meth:`read_rows` gives them, which are stored as they are.
+            values: as ``keys``.
             generations: tag of each group of ``table`` when the caller was given it; LeaseExpiredError, and nothing
                 written, if one has changed since. None leaves the check out.
         """
@@ -188,11 +224,23 @@ class KVPool:
     def read(
         self, layer: int, table: Sequence[int], start_token: int, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy out one layer's K and V of consecutive tokens: two [tokens, kv_heads, head_dim] tensors."""
-        self._check_layer(layer)
-        first, last = self._span(table, start_token, tokens)
-        layers = self.layout.layers
-        return self._load([group * layers + layer for group in table[first:last]], start_token, tokens)
+        """Copy out one layer's K and V of consecutive tokens: two [tokens, kv_heads, head_dim] in the layout's dtype."""
+        return self._load(self._layer_blocks(layer, table, start_token, tokens), start_token, tokens, rows=False)
+
+    def read_rows(
+        self, layer: int, table: Sequence[int], start_token: int, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`read`, but as it lies in memory.
+
+        Returns:
+            For a quantised layout, two uint8 [tokens, kv_heads, row_bytes], codes followed by scale and offset;
+            otherwise what :meth:`read` returns.
+        """
+        return self._load(self._layer_blocks(layer, table, start_token, tokens), start_token, tokens, rows=True)
+
+    def reader(self, table: Sequence[int], layer_tables: Sequence[Sequence[int]] | None = None) -> TableReader:
+        """A function for the send thread of a transfer; a ragged sequence has a table of blocks per layer."""
+        return TableReader(self, table, layer_tables)
 
     # ---- single-layer blocks ---------------------------------------------------------------------------------
 
@@ -254,10 +302,12 @@ class KVPool:
                     raise LeaseExpiredError(message)
             self._store(blocks[first:last], start_token, keys, values)
 
-    def read_blocks(self, blocks: Sequence[int], start_token: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`read` for a table of layer blocks."""
+    def read_blocks(
+        self, blocks: Sequence[int], start_token: int, tokens: int, *, rows: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`read`, or with ``rows`` :meth:`read_rows`, for a table of layer blocks."""
         first, last = self._span(blocks, start_token, tokens)
-        return self._load(blocks[first:last], start_token, tokens)
+        return self._load(blocks[first:last], start_token, tokens, rows=rows)
 
     # ---- checking --------------------------------------------------------------------------------------------
 
@@ -303,25 +353,28 @@ class KVPool:
             raise EngineError(message)
         return start_token // self.block_tokens, -(-(start_token + tokens) // self.block_tokens)
 
+    def _layer_blocks(self, layer: int, table: Sequence[int], start_token: int, tokens: int) -> list[int]:
+        self._check_layer(layer)
+        first, last = self._span(table, start_token, tokens)
+        return [group * self.layout.layers + layer for group in table[first:last]]
+
     def _store(self, blocks: Sequence[int], start_token: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write into ``blocks``, the first of which holds slot ``start_token``."""
-        heads = (self.layout.kv_heads, self.layout.head_dim)
-        if keys.shape[1:] != heads or values.shape != keys.shape:
-            message = (
-                f"keys {list(keys.shape)} and values {list(values.shape)} must both be [tokens, {heads[0]}, {heads[1]}]"
-            )
+        rows = self.memory.is_rows(keys)
+        wanted = (self.layout.kv_heads, self.layout.row_bytes if rows else self.layout.head_dim)
+        if keys.shape[1:] != wanted or values.shape != keys.shape or values.dtype is not keys.dtype:
+            message = f"keys {list(keys.shape)} and values {list(values.shape)} must both be [tokens, {wanted[0]}, {wanted[1]}]"
             raise EngineError(message)
         offset = start_token % self.block_tokens
-        slots = torch.arange(offset, offset + keys.shape[0], device=self.storage.device)
-        rows = torch.tensor(blocks, dtype=torch.int64, device=self.storage.device)[slots // self.block_tokens]
-        offsets = slots % self.block_tokens
-        self.blocks[rows, KEYS, offsets] = keys.to(self.storage)
-        self.blocks[rows, VALUES, offsets] = values.to(self.storage)
+        places = torch.arange(offset, offset + keys.shape[0], device=self.device)
+        starts = torch.tensor(blocks, dtype=torch.int64, device=self.device) * self.block_tokens
+        slots = starts[places // self.block_tokens] + places % self.block_tokens
+        (self.memory.write_rows if rows else self.memory.write)(slots, keys, values)
 
-    def _load(self, blocks: Sequence[int], start_token: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.tensor(blocks, dtype=torch.int64, device=self.storage.device)
-        rows = self.blocks.index_select(0, ids)
+    def _load(
+        self, blocks: Sequence[int], start_token: int, tokens: int, *, rows: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         offset = start_token % self.block_tokens
-        keys = rows[:, KEYS].flatten(0, 1)[offset : offset + tokens]
-        values = rows[:, VALUES].flatten(0, 1)[offset : offset + tokens]
-        return keys, values
+        keys, values = (self.memory.read_rows if rows else self.memory.read)(ids)
+        return keys[offset : offset + tokens], values[offset : offset + tokens]

@@ -1,4 +1,8 @@
-"""Prefix reuse: which group holds the KV of which chained block key, evicted least recently used leaf first."""
+"""Prefix reuse: which group holds the KV of which chained block key, evicted least recently used leaf first.
+
+Every block has an owner, the tenant whose request made it; chains of two owners never meet, because the tenant is part
+of their root. While somebody wants room, owners that hold more than their share of the pool lose blocks first.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +54,38 @@ class CacheEvents:
         return bool(self.added or self.removed)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheOwner:
+    """Whose cached blocks they are.
+
+    Attributes:
+        name: of the tenant; "" is the default one.
+        share: part of the pool the owner may fill while others want room.
+    """
+
+    name: str = ""
+    share: float = 1.0
+
+
+NOBODY = CacheOwner()
+
+
+@dataclass(slots=True)
+class _Holding:
+    """What one owner has in the cache; ``heap`` names (stamp, key) of leaves that may be idle."""
+
+    share: float
+    groups: int = 0
+    heap: list[tuple[int, BlockKey]] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class _Node:
     parent: bytes
     group: int
     block: tuple[Element, ...]
     stamp: int
+    owner: str
     children: dict[BlockKey, None] = field(default_factory=dict)
 
 
@@ -85,7 +115,7 @@ class PrefixCache:
         self._nodes: dict[BlockKey, _Node] = {}
         self._key_of: dict[int, BlockKey] = {}
         self._roots: dict[bytes, dict[BlockKey, None]] = {}
-        self._heap: list[tuple[int, BlockKey]] = []
+        self._holdings: dict[str, _Holding] = {}
         self._clock = 0
         self._added: dict[BlockKey, None] = {}
         self._removed: dict[BlockKey, None] = {}
@@ -143,7 +173,24 @@ class PrefixCache:
                 best, source = common, node.group
         return PrefixMatch(tuple(groups), source, best, start + best)
 
-    def insert(self, parent: bytes, key: BlockKey, group: int, block: Sequence[Element]) -> int:
+    def held_by(self, owner: str) -> int:
+        """Groups that an owner has in the cache."""
+        holding = self._holdings.get(owner)
+        return 0 if holding is None else holding.groups
+
+    def full_block(self, key: BlockKey) -> tuple[int, str] | None:
+        """Group and owner of a full block; None if it is not held. May be asked from any thread."""
+        node = self._nodes.get(key)
+        return (node.group, node.owner) if node is not None and self._is_full(node) else None
+
+    def share_of(self, owner: str) -> float:
+        """The share an owner was last seen with; 1 if it holds nothing. May be asked from any thread."""
+        holding = self._holdings.get(owner)
+        return 1.0 if holding is None else holding.share
+
+    def insert(
+        self, parent: bytes, key: BlockKey, group: int, block: Sequence[Element], owner: CacheOwner = NOBODY
+    ) -> int:
         """List a block that is referenced by its sequence.
 
         Args:
@@ -152,6 +199,7 @@ class PrefixCache:
             group: who holds its KV.
             block: its elements. Fewer than a block's tokens make it a tail: it can be copied from but is never
                 matched whole, has no children and is not announced.
+            owner: whose it is.
 
         Returns:
             The group listed under ``key``: ``group``, or another that was listed earlier.
@@ -163,10 +211,13 @@ class PrefixCache:
             return known.group
         self._pool.list_group(group)
         self._clock += 1
-        self._nodes[key] = _Node(parent, group, tuple(block), self._clock)
+        self._nodes[key] = _Node(parent, group, tuple(block), self._clock, owner.name)
+        holding = self._holdings.setdefault(owner.name, _Holding(owner.share))
+        holding.share = owner.share
+        holding.groups += 1
         self._key_of[group] = key
-        owner = self._nodes.get(parent)
-        siblings = owner.children if owner is not None else self._roots.setdefault(parent, {})
+        above = self._nodes.get(parent)
+        siblings = above.children if above is not None else self._roots.setdefault(parent, {})
         siblings[key] = None
         if len(block) == self._pool.block_tokens:
             self._note(key, gained=self._added, lost=self._removed)
@@ -179,18 +230,21 @@ class PrefixCache:
             self._clock += 1
             node.stamp = self._clock
             if not node.children:
-                heapq.heappush(self._heap, (node.stamp, self._key_of[group]))
-        if len(self._heap) > 2 * len(self._nodes) + 64:
-            self._heap = [entry for entry in self._heap if self._is_victim(*entry)]
-            heapq.heapify(self._heap)
+                self._offer(node, self._key_of[group])
 
-    def allocate(self, groups: int) -> list[int]:
-        """Allocate, evicting idle leaves as needed; OutOfBlocksError if too few groups are free or idle."""
+    def allocate(self, groups: int, owner: CacheOwner = NOBODY) -> list[int]:
+        """Allocate for an owner, evicting idle leaves as needed.
+
+        What is asked for counts as held already, so that an owner at its share makes room for itself.
+
+        Raises:
+            OutOfBlocksError: too few groups are free or idle.
+        """
         if groups > self.available():
             message = f"the KV pool can give {self.available()} blocks, {groups} are needed"
             raise OutOfBlocksError(message)
         while not self._pool.can_allocate(groups):
-            self._evict_one()
+            self._evict_one(owner.name, groups)
         return self._pool.allocate(groups)
 
     def allocate_blocks(self, blocks: int) -> list[int]:
@@ -243,6 +297,9 @@ class PrefixCache:
             if parent is not None and self._pool.references[parent.group] < self._pool.references[node.group]:
                 message = f"group {node.group} is referenced more often than its parent group {parent.group}"
                 raise EngineError(message)
+        if sum(holding.groups for holding in self._holdings.values()) != len(self._nodes):
+            message = f"{len(self._nodes)} groups are cached, their owners are counted with another number"
+            raise EngineError(message)
         listed = sum(self._pool.is_listed(group) for group in range(self._pool.groups))
         if listed != len(self._nodes) or len(self._key_of) != len(self._nodes):
             message = f"{listed} groups are listed, {len(self._nodes)} are cached"
@@ -252,25 +309,48 @@ class PrefixCache:
         node = self._nodes.get(key)
         return node is not None and node.stamp == stamp and not node.children and self._pool.references[node.group] == 0
 
-    def _evict_one(self) -> None:
-        while True:
-            if not self._heap:
-                message = "no idle KV block can be evicted although some are counted as idle"
-                raise EngineError(message)
-            stamp, key = heapq.heappop(self._heap)
-            if self._is_victim(stamp, key):
-                break
-        self._remove(key)
+    def _offer(self, node: _Node, key: BlockKey) -> None:
+        """A leaf became idle: it can be evicted from now on."""
+        holding = self._holdings[node.owner]
+        heapq.heappush(holding.heap, (node.stamp, key))
+        if len(holding.heap) > 2 * holding.groups + 64:
+            holding.heap = [entry for entry in holding.heap if self._is_victim(*entry)]
+            heapq.heapify(holding.heap)
+
+    def _evict_one(self, wanting: str = "", wanted: int = 0) -> None:
+        """Evict the least recently used idle leaf of the owner furthest above its share, of all if none is above.
+
+        Args:
+            wanting: the owner that room is made for.
+            wanted: groups it is about to have beyond those it holds.
+        """
+        chosen: tuple[float, int, BlockKey] | None = None
+        for name, holding in self._holdings.items():
+            while holding.heap and not self._is_victim(*holding.heap[0]):
+                heapq.heappop(holding.heap)
+            if holding.heap:
+                stamp, key = holding.heap[0]
+                coming = wanted if name == wanting else 0
+                excess = max(0.0, holding.groups + coming - holding.share * self._pool.groups)
+                chosen = min(chosen or (0.0, stamp, key), (-excess, stamp, key))
+        if chosen is None:
+            message = "no idle KV block can be evicted although some are counted as idle"
+            raise EngineError(message)
+        self._remove(chosen[2])
 
     def _remove(self, key: BlockKey) -> None:
         node = self._nodes.pop(key)
         del self._key_of[node.group]
+        holding = self._holdings[node.owner]
+        holding.groups -= 1
+        if not holding.groups:
+            del self._holdings[node.owner]
         self._pool.unlist_group(node.group)
         parent = self._nodes.get(node.parent)
         if parent is not None:
             del parent.children[key]
             if not parent.children and self._pool.references[parent.group] == 0:
-                heapq.heappush(self._heap, (parent.stamp, node.parent))
+                self._offer(parent, node.parent)
         else:
             siblings = self._roots[node.parent]
             del siblings[key]

@@ -55,21 +55,31 @@ def plan_kv_groups(
 
 
 def kv_dtype(choice: str, model_dtype: torch.dtype) -> str:
-    """Name of the element type of the KV pool.
+    """``KVLayout.dtype``: of keys and values as attention sees them.
 
     Args:
         choice: ``EngineConfig.kv_cache_dtype``.
         model_dtype: of the weights.
+    """
+    return "bfloat16" if choice == "bf16" else str(model_dtype).removeprefix("torch.")
+
+
+def kv_format(choice: str, head_dim: int) -> str:
+    """``KVLayout.kv_format``: how they lie in memory.
+
+    Args:
+        choice: ``EngineConfig.kv_cache_dtype``.
+        head_dim: channels per head.
 
     Raises:
-        ConfigurationError: a type that attention cannot read.
+        ConfigurationError: the format cannot hold heads of this size.
     """
-    if choice == "auto":
-        return str(model_dtype).removeprefix("torch.")
-    if choice == "bf16":
-        return "bfloat16"
-    message = f"kv_cache_dtype {choice} is not offered: attention reads the pool in its own type; use auto or bf16"
-    raise ConfigurationError(message, field="kv_cache_dtype")
+    if choice in {"auto", "bf16"}:
+        return "plain"
+    if head_dim % 2:
+        message = f"kv_cache_dtype {choice} needs heads of an even number of channels, the model's have {head_dim}"
+        raise ConfigurationError(message, field="kv_cache_dtype")
+    return choice
 
 
 def free_memory(device: torch.device) -> tuple[int, float]:

@@ -22,18 +22,18 @@ class SwappedKV:
     """One sequence's KV in host memory.
 
     Attributes:
-        data: [n, 2, block_tokens, kv_heads, head_dim] on the CPU: the layer blocks that hold KV, group after group if
-            the sequence is uniform, layer after layer if it is ragged.
+        data: the layer blocks that hold KV, as :meth:`KVStorage.take_blocks` gives them: group after group if the
+            sequence is uniform, layer after layer if it is ragged.
         layer_tokens: slots that hold KV in each layer of a ragged sequence, None of a uniform one.
     """
 
-    data: torch.Tensor
+    data: tuple[torch.Tensor, ...]
     layer_tokens: tuple[int, ...] | None
 
     @property
     def nbytes(self) -> int:
         """Host memory taken."""
-        return self.data.nbytes
+        return sum(part.nbytes for part in self.data)
 
 
 class SwapSpace:
@@ -49,7 +49,7 @@ class SwapSpace:
         self._pool = pool
         self._prefix = prefix
         self._budget_bytes = budget_bytes
-        self._block_bytes = pool.blocks[0].nbytes
+        self._block_bytes = pool.memory.block_bytes
         self.used_bytes = 0
 
     def copy_out(self, sequence: Sequence) -> bool:
@@ -62,9 +62,8 @@ class SwapSpace:
         nbytes = len(blocks) * self._block_bytes
         if not blocks or self.used_bytes + nbytes > self._budget_bytes:
             return False
-        ids = torch.tensor(blocks, dtype=torch.int64, device=self._pool.blocks.device)
         tokens = None if sequence.ragged is None else tuple(table.tokens for table in sequence.ragged)
-        sequence.swapped = SwappedKV(self._pool.blocks.index_select(0, ids).to("cpu"), tokens)
+        sequence.swapped = SwappedKV(self._pool.memory.take_blocks(self._ids(blocks)), tokens)
         self.used_bytes += nbytes
         return True
 
@@ -103,6 +102,9 @@ class SwapSpace:
             raise EngineError(message, request_id=sequence.request.request_id)
         return sequence.swapped
 
+    def _ids(self, blocks: list[int]) -> torch.Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._pool.device)
+
     def _filled_blocks(self, sequence: Sequence) -> list[int]:
         layers = self._pool.layout.layers
         if sequence.ragged is not None:
@@ -122,9 +124,11 @@ class SwapSpace:
         except EngineError:
             self._prefix.release(held)
             raise
-        rows = swapped.data.view(-1, *self._pool.storage.shape[1:])[len(held) :]
-        storage = self._pool.storage
-        storage[torch.tensor(fresh[: len(rows)], dtype=torch.int64, device=storage.device)] = rows.to(storage.device)
+        layers = self._pool.layout.layers
+        rows = tuple(part[len(held) * layers :] for part in swapped.data)
+        groups = fresh[: len(rows[0]) // layers]
+        blocks = [group * layers + layer for group in groups for layer in range(layers)]
+        self._pool.memory.put_blocks(self._ids(blocks), rows)
         sequence.table = held + fresh
         sequence.published = len(held)
 
@@ -138,8 +142,7 @@ class SwapSpace:
             tables.append(LayerTable(fresh[first:last], tokens, 0))
             filled.extend(fresh[first : first + self._pool.blocks_for(tokens)])
             first = last
-        blocks = self._pool.blocks
-        blocks[torch.tensor(filled, dtype=torch.int64, device=blocks.device)] = swapped.data.to(blocks.device)
+        self._pool.memory.put_blocks(self._ids(filled), swapped.data)
         sequence.table = []
         sequence.published = 0
         sequence.ragged = tables

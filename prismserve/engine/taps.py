@@ -1,8 +1,16 @@
-"""Attention scores of a few query rows, for methods that choose what to keep.
+"""What methods that choose tokens may ask of the attention of one request, without leaving fused attention.
 
-The fused attention of a step returns no scores. What a method needs is recomputed from the queries of the rows it
-names and the keys in the cache, as softmax(q K^T / sqrt(d)) over what each row may see: the last row (R1), the last
-rows (R2) or chosen ones (R3). That costs rows x context, and no context x context matrix ever exists.
+The fused attention of a step returns no scores. What a method needs is recomputed from the queries of the rows it names
+and the keys in the cache:
+
+- rows of the attention matrix, softmax(q K^T / sqrt(d)) over what each row may see: the last row (R1), the last rows
+  (R2) or chosen ones (R3), at rows x context;
+- the attention every slot receives from all or some rows (R4), by tiles of rows;
+- scores before softmax summed over rows (R5), at the price of one row;
+- the queries of chosen rows, and the hidden states that enter the layer there.
+
+No context x context matrix ever exists. Over a quantised pool, scores are taken before quantising: the exact keys of the
+tapped layers are kept while the prompt is computed, which it then is from its first token.
 """
 
 from __future__ import annotations
@@ -14,13 +22,23 @@ import torch
 from torch.nn import functional
 
 from prismserve.core.errors import EngineError, InvalidRequestError
+from prismserve.engine.scoring import received_sums, score_rows, summed_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from prismserve.engine.pool import KVPool
-    from prismserve.engine.runner import RunItem
-    from prismserve.models.decoder import AttentionBackend
+__all__ = [
+    "ROWS_MAX",
+    "ColumnSums",
+    "TapRows",
+    "TapScores",
+    "Taps",
+    "last_rows",
+    "received_sums",
+    "score_rows",
+    "spread_rows",
+    "summed_scores",
+]
 
 ROWS_MAX = 256
 """Query rows one request may tap: bounds the scores kept to rows x heads x context in each tapped layer."""
@@ -31,9 +49,15 @@ def last_rows(tokens: int, rows: int = 1) -> tuple[int, ...]:
     return tuple(range(max(0, tokens - rows), tokens))
 
 
+def spread_rows(tokens: int, rows: int) -> tuple[int, ...]:
+    """``rows`` slots evenly spread over a prompt, its last among them: a reproducible sample for R4."""
+    count = max(0, min(tokens, rows))
+    return tuple((index + 1) * tokens // count - 1 for index in range(count))
+
+
 @dataclass(frozen=True, slots=True)
 class TapScores:
-    """What was tapped in one layer.
+    """Rows of one layer's attention.
 
     Attributes:
         slots: [r] int64, the sequence's slots whose queries scored.
@@ -46,114 +70,234 @@ class TapScores:
     lse: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnSums:
+    """One layer's attention summed over rows.
+
+    Attributes:
+        sums: [heads, n] float32 over the layer's n cache slots, those of the prompt that are left.
+        rows: how many rows were summed.
+    """
+
+    sums: torch.Tensor
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class TapRows:
+    """What enters one layer's attention in chosen rows.
+
+    Attributes:
+        slots: [r] int64, the sequence's slots.
+        inputs: [r, D], hidden states that enter the layer, before its norm; in the model's dtype.
+        queries: [r, heads, d], after RoPE, in the model's dtype.
+    """
+
+    slots: torch.Tensor
+    inputs: torch.Tensor
+    queries: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What one layer has given so far."""
+
+    scores: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    received: torch.Tensor | None = None
+    received_rows: int = 0
+    query_sum: torch.Tensor | None = None
+    summed: torch.Tensor | None = None
+    summed_rows: int = 0
+    keys: torch.Tensor | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Taps:
-    """Which queries of one request to score in which layers, and what came of it.
+    """What to look at in the prompt of one request, and what came of it.
 
-    Given with a request and read once its first token is out; written by the engine thread only.
+    Given with a request and read once its first token is out; a layer's scores may be read as soon as the layer has
+    computed the last row in question. Written by the engine thread only. A request that is preempted before its first
+    token starts over, taps included.
 
     Attributes:
         layers: decoder layers.
-        slots: cache slots of the prompt whose queries score. They are computed even if a cache holds their KV.
+        slots: cache slots of the prompt whose queries score (R1 to R3).
+        received: cache slots whose attention is summed over columns (R4).
+        summed: cache slots whose scores before softmax are summed (R5).
+        rows: cache slots whose query and layer input are kept.
+
+    All these slots are computed even if a cache holds their KV.
     """
 
     layers: frozenset[int]
     slots: frozenset[int]
-    _rows: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    received: frozenset[int] = frozenset()
+    summed: frozenset[int] = frozenset()
+    rows: frozenset[int] = frozenset()
+    finished: bool = False
+    exact_keys: bool = False
+    length: int = 0
+    _states: dict[int, _Layer] = field(default_factory=dict)
 
     @classmethod
-    def at(cls, layers: Iterable[int], slots: Iterable[int]) -> Taps:
-        """Tap these rows in these layers.
+    def at(
+        cls,
+        layers: Iterable[int],
+        slots: Iterable[int] = (),
+        *,
+        received: Iterable[int] = (),
+        summed: Iterable[int] = (),
+        rows: Iterable[int] = (),
+    ) -> Taps:
+        """Tap these layers; see the attributes.
 
         Raises:
-            InvalidRequestError: nothing, too many rows, or a negative number is named.
+            InvalidRequestError: nothing, too many scored or kept rows, or a negative number is named.
         """
-        taps = cls(frozenset(layers), frozenset(slots))
-        if not taps.layers or not 0 < len(taps.slots) <= ROWS_MAX or min(*taps.layers, *taps.slots, 0) < 0:
+        taps = cls(frozenset(layers), frozenset(slots), frozenset(received), frozenset(summed), frozenset(rows))
+        wanted = taps.all_slots
+        few = max(len(taps.slots), len(taps.rows)) <= ROWS_MAX
+        if not taps.layers or not wanted or not few or min(*taps.layers, *wanted, 0) < 0:
             message = f"a tap names at least one layer and 1 to {ROWS_MAX} query rows, counted from 0"
             raise InvalidRequestError(message, field="taps")
         return taps
 
+    @property
+    def all_slots(self) -> frozenset[int]:
+        """Every cache slot that is looked at in some way."""
+        return self.slots | self.received | self.summed | self.rows
+
     def first_slot(self, length: int) -> int:
-        """The earliest tapped slot among the first ``length``; ``length`` if there is none."""
-        return min((slot for slot in self.slots if slot < length), default=length)
+        """The earliest slot among the first ``length`` that must be computed; ``length`` if there is none."""
+        if self.finished:
+            return length
+        return 0 if self.exact_keys else min((slot for slot in self.all_slots if slot < length), default=length)
+
+    # ---- results ---------------------------------------------------------------------------------------------
 
     def scores(self, layer: int) -> TapScores:
-        """What was tapped in a layer, rows in order of their slots; EngineError if nothing was."""
-        rows = self._rows.get(layer)
-        if not rows:
-            message = f"no query row was tapped in layer {layer}"
-            raise EngineError(message)
-        slots = sorted(rows)
+        """Tapped rows of a layer's attention, in order of their slots; EngineError if there are none."""
+        rows = self._state(layer).scores
+        slots = self._named(rows, layer)
         width = max(rows[slot][0].shape[-1] for slot in slots)
         padded = [functional.pad(rows[slot][0], (0, width - rows[slot][0].shape[-1])) for slot in slots]
         return TapScores(torch.tensor(slots), torch.stack(padded), torch.stack([rows[slot][1] for slot in slots]))
 
+    def received_sums(self, layer: int) -> ColumnSums:
+        """What each slot of a layer received from the rows of ``received``; EngineError if none was computed."""
+        state = self._state(layer)
+        if state.received is None:
+            raise _nothing(layer)
+        return ColumnSums(state.received, state.received_rows)
+
+    def summed_scores(self, layer: int) -> ColumnSums:
+        """Scores before softmax summed over the rows of ``summed``; EngineError before the prompt is computed.
+
+        Pairs that the causal mask hides are part of the sums.
+        """
+        state = self._state(layer)
+        if state.summed is None:
+            raise _nothing(layer)
+        return ColumnSums(state.summed, state.summed_rows)
+
+    def kept_rows(self, layer: int) -> TapRows:
+        """Queries and layer inputs of the slots of ``rows``; EngineError if there are none."""
+        state = self._state(layer)
+        slots = self._named(state.queries, layer)
+        inputs, queries = (torch.stack([kept[slot] for slot in slots]) for kept in (state.inputs, state.queries))
+        return TapRows(torch.tensor(slots), inputs, queries)
+
+    # ---- recording: the engine thread ------------------------------------------------------------------------
+
+    def begin(self, length: int, *, exact_keys: bool) -> None:
+        """The request is submitted with ``length`` slots to compute, over a pool that does or does not round keys."""
+        self.length = length
+        self.exact_keys = exact_keys
+
+    def advance(self, cached: int) -> None:
+        """``cached`` slots are computed: after the last of the prompt nothing is recorded any more."""
+        if not self.finished and cached >= self.length:
+            self.finished = True
+            for state in self._states.values():
+                state.keys = state.query_sum = None
+
+    def reset(self) -> None:
+        """The prompt is computed again from its start."""
+        if not self.finished:
+            self._states = {}
+
+    def compact(self, layer: int, keep: torch.Tensor) -> None:
+        """The layer keeps the slots of ``keep`` ([1 or kv_heads, k] int64) and no others."""
+        state = self._states.get(layer)
+        if state is None or self.finished:
+            return
+        if state.keys is not None:
+            heads, width = state.keys.shape[1:]
+            index = keep.expand(heads, -1).T[:, :, None].expand(-1, -1, width).to(state.keys.device)
+            state.keys = state.keys.gather(0, index)
+        if state.received is not None:
+            index = keep.repeat_interleave(state.received.shape[0] // keep.shape[0], dim=0)
+            state.received = state.received.gather(1, index.to(state.received.device))
+
+    def whole_keys(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """Append a chunk's exact keys; those of the layer so far, [n, kv_heads, d]."""
+        state = self._states.setdefault(layer, _Layer())
+        state.keys = keys.clone() if state.keys is None else torch.cat((state.keys, keys))
+        return state.keys
+
     def take(self, layer: int, slots: Sequence[int], probabilities: torch.Tensor, lse: torch.Tensor) -> None:
-        """Keep what ``slots`` gave in a layer; a later computation of the same slot replaces an earlier one."""
-        kept = self._rows.setdefault(layer, {})
+        """Keep the scores that ``slots`` gave in a layer; a later computation of the same slot replaces an earlier."""
+        kept = self._states.setdefault(layer, _Layer()).scores
         for row, slot in enumerate(slots):
             kept[slot] = (probabilities[row], lse[row])
 
+    def take_inputs(self, layer: int, slots: Sequence[int], inputs: torch.Tensor) -> None:
+        """Keep what enters a layer, [r, D]."""
+        self._states.setdefault(layer, _Layer()).inputs.update(zip(slots, inputs.unbind(), strict=True))
 
-def score_rows(
-    q: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention probabilities of a few query rows.
+    def take_queries(self, layer: int, slots: Sequence[int], queries: torch.Tensor) -> None:
+        """Keep queries of a layer, [r, heads, d]."""
+        self._states.setdefault(layer, _Layer()).queries.update(zip(slots, queries.unbind(), strict=True))
 
-    Args:
-        q: [r, heads, d], after RoPE.
-        keys: [n, kv_heads, d], after RoPE.
-        visible: [r] int64, leading cache slots each row sees, at least 1.
-        scale: multiplies the scores.
+    def add_received(self, layer: int, rows: int, sums: torch.Tensor) -> None:
+        """Add what ``rows`` rows gave, [heads, n] over the slots so far."""
+        state = self._states.setdefault(layer, _Layer())
+        if state.received is not None:
+            sums[:, : state.received.shape[1]] += state.received
+        state.received = sums
+        state.received_rows += rows
 
-    Returns:
-        Probabilities [r, heads, n] and log-sum-exp [r, heads], both float32.
-    """
-    rows, heads, width = q.shape
-    grouped = q.float().view(rows, keys.shape[1], -1, width)
-    scores = torch.einsum("rgqd,ngd->rgqn", grouped, keys.float()).reshape(rows, heads, -1).mul_(scale)
-    hidden = torch.arange(keys.shape[0], device=q.device) >= visible.to(q.device)[:, None]
-    scores = scores.masked_fill_(hidden[:, None, :], -torch.inf)
-    lse = scores.logsumexp(dim=-1)
-    return scores.sub_(lse[:, :, None]).exp_(), lse
+    def add_queries(self, layer: int, queries: torch.Tensor) -> None:
+        """Add up queries, [r, heads, d]."""
+        state = self._states.setdefault(layer, _Layer())
+        total = queries.float().sum(dim=0)
+        state.query_sum = total if state.query_sum is None else state.query_sum + total
+        state.summed_rows += queries.shape[0]
 
+    def close_sums(self, layer: int, keys: torch.Tensor, scale: float) -> None:
+        """The prompt is computed in this layer, whose keys are given: [n, kv_heads, d]."""
+        state = self._states.get(layer)
+        if state is None:
+            return
+        if state.query_sum is not None:
+            state.summed = summed_scores(state.query_sum, keys, scale)
+        if state.received is not None:
+            state.received = functional.pad(state.received, (0, keys.shape[0] - state.received.shape[1]))
 
-class TappedAttention:
-    """An attention backend that also scores tapped rows with the keys of whatever backend it wraps."""
+    def _state(self, layer: int) -> _Layer:
+        state = self._states.get(layer)
+        if state is None:
+            raise _nothing(layer)
+        return state
 
-    def __init__(self, inner: AttentionBackend, pool: KVPool, items: Sequence[RunItem]) -> None:
-        """Score the tapped rows among ``items``, which are flattened in this order."""
-        self._inner = inner
-        self._pool = pool
-        self._tapped: list[tuple[RunItem, Taps, int, list[int]]] = []
-        first = 0
-        for item in items:
-            taps = item.sequence.taps
-            if taps is not None:
-                slots = sorted(slot for slot in taps.slots if item.start <= slot < item.start + item.tokens)
-                if slots:
-                    self._tapped.append((item, taps, first, slots))
-            first += item.tokens
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """As the wrapped backend does."""
-        out = self._inner.attend(layer, q, k, v)
-        for item, taps, first, slots in self._tapped:
-            if layer in taps.layers:
-                ragged = item.sequence.ragged
-                before = item.start if ragged is None else ragged[layer].tokens
-                total = before + item.tokens
-                if ragged is None:
-                    keys, _ = self._pool.read(layer, item.sequence.table, 0, total)
-                else:
-                    keys, _ = self._pool.read_blocks(ragged[layer].blocks, 0, total)
-                rows = torch.tensor([first + slot - item.start for slot in slots], device=q.device)
-                visible = torch.tensor([before + slot - item.start + 1 for slot in slots])
-                taps.take(layer, slots, *score_rows(q[rows], keys, visible, self._pool.layout.head_dim**-0.5))
-        return out
+    @staticmethod
+    def _named(kept: Mapping[int, object], layer: int) -> list[int]:
+        if not kept:
+            raise _nothing(layer)
+        return sorted(kept)
 
 
-def tapped(items: Sequence[RunItem]) -> bool:
-    """Whether any of the items has rows to score."""
-    return any(item.sequence.taps is not None for item in items)
+def _nothing(layer: int) -> EngineError:
+    return EngineError(f"nothing of the kind was tapped in layer {layer}")

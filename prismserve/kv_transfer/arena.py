@@ -38,7 +38,7 @@ class ArenaIdentity(FrozenConfig):
         device: ``st_dev`` of the file.
         inode: ``st_ino`` of the file.
         nbytes: size.
-        landing_bytes: leading part that peers may be granted.
+        landing_bytes: leading part that peers may write to.
     """
 
     pid: PositiveInt
@@ -52,6 +52,12 @@ class ArenaIdentity(FrozenConfig):
 class Arena:
     """Landing pages (leased to peers) followed by staging pages (this worker's outgoing writes). Thread-safe.
 
+    Attributes:
+        page_bytes: size of a page.
+        nbytes: of all pages.
+        landing_bytes: of those that peers may write to.
+        probe_area: (offset, bytes) of the last of these, which are never leased and hold nothing.
+
     Raises:
         ConfigurationError: the memory cannot be had.
     """
@@ -64,7 +70,9 @@ class Arena:
         self._memory: torch.Tensor | None = memory
         self._lock = threading.Lock()
         generations = itertools.count(1)
-        self._landing = PageAllocator(0, config.landing_pages, generations.__next__)
+        leased_pages = config.landing_pages - config.probe_pages
+        self.probe_area = (leased_pages * config.page_bytes, config.probe_pages * config.page_bytes)
+        self._landing = PageAllocator(0, leased_pages, generations.__next__)
         self._staging = PageAllocator(config.landing_pages, config.staging_pages, generations.__next__)
 
     @property

@@ -14,11 +14,14 @@ from prismserve.core.types import WorkerInfo
 from prismserve.kv_transfer.arena import Arena
 from prismserve.kv_transfer.config import TransferConfig
 from prismserve.kv_transfer.health import LinkHealth
+from prismserve.kv_transfer.probe import Probe
 from prismserve.kv_transfer.send_loop import SendLoop
 from prismserve.kv_transfer.transports.base import Link, Transport, factory
 from prismserve.kv_transfer.wire import Endpoint, decode_endpoint, encode_endpoint
 
 _PEERS_MAX = 1024
+_CHOICE = 2
+"""From so many common transports on there is something to choose."""
 _log = logging.getLogger(__name__)
 
 
@@ -27,8 +30,10 @@ class _Peer:
     """What is known of one worker epoch."""
 
     info: WorkerInfo
+    endpoint: Endpoint
     health: LinkHealth
     links: dict[str, Link] = field(default_factory=dict)
+    probe_s: float = float("-inf")
 
 
 class TransportHub:
@@ -87,12 +92,13 @@ class TransportHub:
     def endpoint(self) -> bytes:
         """What peers need to connect; goes into ``WorkerInfo.endpoint``."""
         entries = {name: dict(transport.endpoint()) for name, transport in self._open.items()}
-        return encode_endpoint(Endpoint(worker_id=self.worker_id, transports=entries))
+        return encode_endpoint(Endpoint(worker_id=self.worker_id, probe=self.arena.probe_area, transports=entries))
 
     def connect(self, info: WorkerInfo) -> Link:
-        """A link to a worker of the registry, over the first transport that both ends can do and that connects.
+        """A link to a worker of the registry, over the best transport that both ends can do and that connects.
 
-        Links are kept per worker and epoch; a newer epoch drops those of the older.
+        Links are kept per worker and epoch; a newer epoch drops those of the older. Where there is a choice, a probe
+        of all links is started now and then; until it has ended, the configured order decides.
 
         Raises:
             TransportError: there is no common transport, none connects, or the epoch has been superseded.
@@ -100,28 +106,57 @@ class TransportHub:
         """
         with self._lock:
             peer = self._peer(info)
-            endpoint = decode_endpoint(info.endpoint)
-            if endpoint.worker_id != info.worker_id:
-                message = f"the endpoint of worker {info.worker_id} names worker {endpoint.worker_id}"
-                raise TransportError(message)
             reasons: list[str] = []
-            common = self._common(endpoint, reasons)
+            common = self._common(peer.endpoint, reasons)
             for name in peer.health.order(common, self.clock()):
-                link = peer.links.get(name)
+                link = self._link(peer, name, reasons)
                 if link is not None:
+                    self._probe(peer, common)
                     return link
-                try:
-                    link = self._open[name].connect(endpoint.transports[name])
-                except TransportError as error:
-                    peer.health.failed(name, self.clock())
-                    reasons.append(f"{name}: {error.message}")
-                    continue
-                peer.links[name] = link
-                return link
-        here, there = ", ".join(self._open), ", ".join(endpoint.transports) or "none"
+        here, there = ", ".join(self._open), ", ".join(peer.endpoint.transports) or "none"
         why = "; ".join(reasons) or f"this worker has {here}, it has {there}, none reaches it"
         message = f"no transport connects to worker {info.worker_id}: {why}"
         raise TransportError(message)
+
+    def _link(self, peer: _Peer, name: str, reasons: list[str]) -> Link | None:
+        """The link of this transport; None, with the reason noted and the failure counted, if it does not connect."""
+        link = peer.links.get(name)
+        if link is None:
+            try:
+                link = peer.links[name] = self._open[name].connect(peer.endpoint.transports[name])
+            except TransportError as error:
+                peer.health.failed(name, self.clock())
+                reasons.append(f"{name}: {error.message}")
+        return link
+
+    def _probe(self, peer: _Peer, common: list[str]) -> None:
+        """Measure the links to a peer, if there is a choice and it has not been done for a while."""
+        now_s = self.clock()
+        if (
+            self.config.link_choice != "measured"
+            or len(common) < _CHOICE
+            or not peer.endpoint.probe[1]
+            or now_s < peer.probe_s + self.config.probe_interval_s
+        ):
+            return
+        peer.probe_s = now_s
+        found = (self._link(peer, name, []) for name in common)
+        links = [link for link in found if link is not None]
+
+        def measured(transport: str, bytes_per_s: float) -> None:
+            if bytes_per_s:
+                with self._lock:
+                    peer.health.rate(transport).probed(bytes_per_s)
+            else:
+                self.failed(peer.info, transport)
+
+        self._sender.add(Probe(links, peer.endpoint.probe, self.config.write_timeout_s, measured))
+
+    def bandwidth(self, worker_id: str) -> dict[str, float]:
+        """Measured bytes per second of every link to a worker; 0.0 where nothing has been measured."""
+        with self._lock:
+            peer = self._peers.get(worker_id)
+            return {} if peer is None else {name: peer.health.rate(name).bytes_per_s for name in peer.links}
 
     def _common(self, endpoint: Endpoint, reasons: list[str]) -> list[str]:
         common: list[str] = []
@@ -141,21 +176,30 @@ class TransportHub:
             message = f"epoch {info.epoch} of worker {info.worker_id} was superseded by {peer.info.epoch}"
             raise TransportError(message)
         if peer is None or peer.info.epoch < info.epoch or peer.info.endpoint != info.endpoint:
+            endpoint = decode_endpoint(info.endpoint)
+            if endpoint.worker_id != info.worker_id:
+                message = f"the endpoint of worker {info.worker_id} names worker {endpoint.worker_id}"
+                raise TransportError(message)
             self.forget(info.worker_id)
-            peer = self._peers[info.worker_id] = _Peer(info, LinkHealth(self.config))
+            peer = self._peers[info.worker_id] = _Peer(info, endpoint, LinkHealth(self.config))
             while len(self._peers) > _PEERS_MAX:
                 self.forget(next(iter(self._peers)))
         self._peers.move_to_end(info.worker_id)
         return peer
 
-    def report(self, info: WorkerInfo, transport: str, *, failed: bool) -> None:
-        """Tell how a write over a link went; a failed link is closed and passed over for a while."""
+    def succeeded(self, info: WorkerInfo, transport: str, nbytes: int, started_s: float) -> None:
+        """A write of ``nbytes`` bytes over a link is done; it started at ``started_s`` of :attr:`clock`."""
+        with self._lock:
+            peer = self._peers.get(info.worker_id)
+            if peer is not None and peer.info.epoch == info.epoch:
+                peer.health.succeeded(transport)
+                peer.health.rate(transport).wrote(nbytes, started_s, self.clock())
+
+    def failed(self, info: WorkerInfo, transport: str) -> None:
+        """A write over a link failed: it is closed and passed over for a while."""
         with self._lock:
             peer = self._peers.get(info.worker_id)
             if peer is None or peer.info.epoch != info.epoch:
-                return
-            if not failed:
-                peer.health.succeeded(transport)
                 return
             peer.health.failed(transport, self.clock())
             link = peer.links.pop(transport, None)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from prismserve.compression import loader
+from prismserve.compression.wire import table
 from prismserve.core.errors import ChecksumMismatchError, DeadlineExceededError, PrismServeError, TransferError
 from prismserve.core.types import Extent, KVLayout, Manifest, Payload
 from prismserve.kv_transfer.arena import Arena
@@ -101,8 +102,7 @@ class Landing:
         self._arena = arena
         self._layout = layout
         self._sink, self._raw_sink = sinks
-        self._codec = loader.codec(expected.codec.name)
-        self._codec_config = loader.config_of(expected.codec, "codec")
+        self._codecs = [(loader.codec(spec.name), loader.config_of(spec, "codec")) for spec in table(expected.codec)]
         self._manifest: Manifest | None = None
         self._taken: dict[tuple[int, int], Payload] = {}
         self._mismatched: dict[tuple[int, int], Payload] = {}
@@ -158,11 +158,11 @@ class Landing:
             return False
         if payload.layer == RAW_LAYER:
             return self._raw_sink is not None and payload.encoded_bytes % payload.tokens == 0
-        return (
-            self._sink is not None
-            and payload.layer < self._layout.layers
-            and payload.start_token >= self.expected.cached_tokens
-            and payload.encoded_bytes == self._codec.encoded_bytes(payload.tokens, self._layout, self._codec_config)
+        if self._sink is None or payload.layer >= self._layout.layers or payload.codec >= len(self._codecs):
+            return False
+        codec, config = self._codecs[payload.codec]
+        return payload.start_token >= self.expected.cached_tokens and payload.encoded_bytes == codec.encoded_bytes(
+            payload.tokens, self._layout, config
         )
 
     def _deliver(self, payload: Payload, data: torch.Tensor) -> None:
@@ -171,7 +171,8 @@ class Landing:
                 if self._raw_sink is not None:
                     self._raw_sink(payload.start_token, payload.tokens, data)
             elif self._sink is not None:
-                keys, values = self._codec.decode(data, payload.tokens, self._layout, self._codec_config)
+                codec, config = self._codecs[payload.codec]
+                keys, values = codec.decode(data, payload.tokens, self._layout, config)
                 self._sink(payload.layer, payload.start_token, keys, values)
         except PrismServeError:
             raise
@@ -238,8 +239,10 @@ class Landing:
 
     def stop(self) -> None:
         """Take out of service; when this returns no sink is running or will run."""
+        # Before the wait, so that it is for the piece under way only and not for those that follow.
+        self._ended = True
         with self._running:
-            self._ended = True
+            pass
 
     def resolve(self, error: PrismServeError | None) -> None:
         """Settle the future of the commit, if there was one."""

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from prismserve.compression.wire import table
 from prismserve.core.errors import IncompatibleLayoutError, LeaseExpiredError, TransferError
 from prismserve.core.types import MANIFEST_VERSION, KVLayout, Manifest, MethodSpec, Payload, TokenLogprobs
 from prismserve.kv_transfer.plan import RAW_LAYER, encoded_bytes
@@ -142,12 +143,17 @@ def _check_ranges(payloads: Iterable[Payload], extent_bytes: int) -> None:
 
 def _check_kv(manifest: Manifest, expected: Expected, layout: KVLayout) -> None:
     pieces: defaultdict[int, list[Payload]] = defaultdict(list)
+    codecs = table(expected.codec)
     for payload in manifest.payloads:
         pieces[payload.layer].append(payload)
-        if payload.tokens < 1 or payload.encoded_bytes != encoded_bytes(payload.tokens, expected.codec, layout):
+        if payload.codec >= len(codecs):
+            message = f"a payload of layer {payload.layer} names codec {payload.codec} of {len(codecs)}"
+            raise TransferError(message, field="codec", request_id=manifest.request_id)
+        codec = codecs[payload.codec]
+        if payload.tokens < 1 or payload.encoded_bytes != encoded_bytes(payload.tokens, codec, layout):
             message = (
                 f"a payload of {payload.tokens} tokens of layer {payload.layer} cannot have "
-                f"{payload.encoded_bytes} bytes under codec {expected.codec.name}"
+                f"{payload.encoded_bytes} bytes under codec {codec.name}"
             )
             raise TransferError(message, field="encoded_bytes", request_id=manifest.request_id)
     unknown = sorted(set(pieces) - set(range(layout.layers)))

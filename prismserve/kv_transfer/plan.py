@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from prismserve.compression import loader
+from prismserve.compression.wire import Slots, runs, table
 from prismserve.core.types import KVLayout, MethodSpec
 
 PIECE_ALIGN_BYTES: Final = 64
@@ -39,9 +40,22 @@ def bytes_per_token_bound(codec: MethodSpec, layout: KVLayout) -> int:
     return worst * layout.layers
 
 
-def reserve_bytes(tokens: int, codec: MethodSpec, layout: KVLayout) -> int:
-    """Bytes to reserve for ``tokens`` prompt tokens in every layer."""
-    return tokens * bytes_per_token_bound(codec, layout)
+def reserve_bytes(tokens: int, codec: MethodSpec, layout: KVLayout, slots: Slots | None = None) -> int:
+    """Bytes to reserve for the last ``tokens`` slots in every layer.
+
+    Holds too for layers that lost some of their slots, in any order of chunks. ``slots`` must be what the sender
+    encodes by; None means that it encodes everything as images are.
+    """
+    first = 0 if slots is None else slots.tokens - tokens
+    return sum(
+        count * bytes_per_token_bound(table(codec)[place], layout)
+        for _, count, place in runs(codec, slots, first, tokens)
+    )
+
+
+def reserve_layers_bytes(layer_tokens: int, codec: MethodSpec, layout: KVLayout) -> int:
+    """Bytes to reserve for ``layer_tokens`` tokens, counted once in each layer that holds them."""
+    return -(-layer_tokens * bytes_per_token_bound(codec, layout) // layout.layers)
 
 
 def cut(start_token: int, tokens: int, token_bytes: int, bytes_max: int) -> Iterator[tuple[int, int]]:

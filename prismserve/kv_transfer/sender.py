@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final
 
 import torch
 
-from prismserve.compression import loader
+from prismserve.compression.wire import Slots
 from prismserve.core.errors import (
     DeadlineExceededError,
     LeaseExpiredError,
@@ -25,47 +24,21 @@ from prismserve.core.errors import (
 )
 from prismserve.core.types import KVLayout, MethodSpec, Payload, Reservation, WorkerInfo
 from prismserve.kv_transfer.hub import TransportHub
-from prismserve.kv_transfer.plan import RAW_LAYER, aligned, cut
+from prismserve.kv_transfer.pieces import Batch, Cutter, KVRead, Piece, gather
 from prismserve.kv_transfer.send_loop import Turn
 from prismserve.kv_transfer.transports.base import StagedWrite, WriteHandle
-from prismserve.kv_transfer.wire import checksum, encode_end, encode_payload
+from prismserve.kv_transfer.wire import encode_end, encode_payloads
 
-KVRead: TypeAlias = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]
-"""(layer, start_token, tokens) -> keys and values [tokens, kv_heads, head_dim]; runs on the send thread."""
 _RETRY_PAUSE_S: Final = 0.01
 _log = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class EncodesInto(Protocol):
-    """A codec that can write into given memory, so that a same-node transfer copies once."""
-
-    def encode_into(self, keys: torch.Tensor, values: torch.Tensor, config: Any, out: torch.Tensor) -> None:
-        """As ``Codec.encode``, into ``out`` (uint8, exactly ``encoded_bytes`` long)."""
-        ...
-
-
-@dataclass(slots=True)
-class _Piece:
-    """What becomes one payload; ``offset_bytes`` is set when it is first staged and kept over retries."""
-
-    layer: int
-    start_token: int
-    tokens: int
-    nbytes: int
-    read: KVRead | None
-    raw: torch.Tensor | None = None
-    offset_bytes: int = -1
-    attempts: int = 0
-    not_before_s: float = 0.0
-    payload: Payload | None = None
-
-
 @dataclass(slots=True)
 class _Write:
-    piece: _Piece
+    batch: Batch
     handle: WriteHandle
     transport: str
+    started_s: float
 
 
 class Outgoing:
@@ -81,20 +54,28 @@ class Outgoing:
         reservation: what it granted. Writing stops ``ttl_s`` after this object was made.
         codec: normalised spec the receiver was told to expect; UnknownMethodError if there is no such codec.
         layout: of the KV that is pushed.
+        slots: what the cache slots hold, for codecs that treat text and images differently or keep a residual window;
+            None encodes everything as images are. The receiver must have reserved by the same.
     """
 
     def __init__(
-        self, hub: TransportHub, target: WorkerInfo, reservation: Reservation, codec: MethodSpec, layout: KVLayout
+        self,
+        hub: TransportHub,
+        target: WorkerInfo,
+        reservation: Reservation,
+        codec: MethodSpec,
+        layout: KVLayout,
+        slots: Slots | None = None,
     ) -> None:
         self._hub = hub
         self._target = target
         self._reservation = reservation
-        self._codec = loader.codec(codec.name)
-        self._codec_config = loader.config_of(codec, "codec")
+        self._cutter = Cutter(codec, layout, hub.config.write_bytes_max)
         self._layout = layout
+        self._slots = slots
         self._deadline_s = hub.clock() + reservation.ttl_s
         self._lock = threading.Lock()
-        self._pieces: deque[_Piece] = deque()
+        self._pieces: deque[Piece] = deque()
         self._writes: list[_Write] = []
         self._payloads: list[Payload] = []
         self._cursor = 0
@@ -126,31 +107,29 @@ class Outgoing:
         Args:
             layer: decoder layer.
             start_token: cache slot of the first token; slots the receiver holds already are left out.
-            keys: [T, kv_heads, head_dim] in the layout's dtype.
+            keys: [T, kv_heads, head_dim] in the layout's dtype, or rows as :class:`KVRead` gives them.
             values: as ``keys``.
         """
+        origin = start_token
 
-        def read(_: int, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-            first = start - start_token
+        def read(layer: int, start_token: int, tokens: int, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+            del layer, rows  # the tensors are what they are
+            first = start_token - origin
             return keys[first : first + tokens], values[first : first + tokens]
 
         self.push_from(layer, start_token, keys.shape[0], read)
 
-    def push_from(self, layer: int, start_token: int, tokens: int, read: KVRead) -> None:
-        """As :meth:`push`, but the tensors are fetched on the send thread; the cheapest call for an engine thread."""
+    def push_from(self, layer: int, start_token: int, tokens: int, read: KVRead, slots: Slots | None = None) -> None:
+        """As :meth:`push`, but the tensors are fetched on the send thread; the cheapest call for an engine thread.
+
+        ``slots`` says what this layer's slots hold where that is not the same in every layer.
+        """
         skipped = max(0, min(tokens, self._reservation.cached_tokens - start_token))
         start, count = start_token + skipped, tokens - skipped
         if count < 1:
             return
-        config = self._hub.config
-        token_bytes = self._layout.token_layer_bytes
-        self._enqueue(
-            [
-                _Piece(layer, first, length, self._encoded_bytes(length), read)
-                for first, length in cut(start, count, token_bytes, config.write_bytes_max)
-            ],
-            count * token_bytes,
-        )
+        pieces = self._cutter.kv(layer, start, count, read, slots or self._slots)
+        self._enqueue(list(pieces), count * self._layout.token_layer_bytes)
 
     def push_bytes(self, start_token: int, tokens: torch.Tensor) -> None:
         """Send an image embedding as it is: payload layer -1.
@@ -159,25 +138,9 @@ class Outgoing:
             start_token: index of the first row in the embedding.
             tokens: [k, D], contiguous, CPU; must not change until :meth:`finish` returns.
         """
-        raw = tokens.contiguous().view(torch.uint8).reshape(-1)
-        row_bytes = raw.numel() // max(1, tokens.shape[0])
-        pieces = [
-            _Piece(
-                RAW_LAYER,
-                start_token + first,
-                length,
-                length * row_bytes,
-                None,
-                raw[first * row_bytes : (first + length) * row_bytes],
-            )
-            for first, length in cut(0, tokens.shape[0], max(1, row_bytes), self._hub.config.write_bytes_max)
-        ]
-        self._enqueue(pieces, raw.numel())
+        self._enqueue(list(self._cutter.raw(start_token, tokens)), tokens.nbytes)
 
-    def _encoded_bytes(self, tokens: int) -> int:
-        return self._codec.encoded_bytes(tokens, self._layout, self._codec_config)
-
-    def _enqueue(self, pieces: list[_Piece], raw_bytes: int) -> None:
+    def _enqueue(self, pieces: list[Piece], raw_bytes: int) -> None:
         limit = self._hub.config.pieces_queued_max
         overflow = False
         with self._lock:
@@ -250,21 +213,16 @@ class Outgoing:
             return Turn.WORKED
         worked = self._poll_writes()
         with self._lock:
-            piece = self._pieces[0] if self._pieces else None
-            if self._complete and piece is None and not self._writes and self._error is None:
+            waiting = bool(self._pieces)
+            if self._complete and not waiting and not self._writes and self._error is None:
                 self._succeeded = True
         if self._succeeded:
             return self._succeed(now_s)
-        if piece is not None and now_s < piece.not_before_s:
-            piece = None
-            retrying = True
-        else:
-            retrying = False
-        if piece is not None and len(self._writes) < self._hub.config.writes_inflight_max and self._start(piece):
+        if waiting and len(self._writes) < self._hub.config.writes_inflight_max and self._start(now_s):
             worked = True
         if worked:
             return Turn.WORKED
-        return Turn.WAITING if piece is not None or retrying or self._writes else Turn.IDLE
+        return Turn.WAITING if waiting or self._writes else Turn.IDLE
 
     def _succeed(self, now_s: float) -> Turn:
         if self._started_s is not None:
@@ -283,109 +241,94 @@ class Outgoing:
                     continue
             except TransportError as error:
                 self._writes.remove(write)
-                self._retry(write.piece, write.transport, error)
+                self._retry(write.batch, write.transport, error)
                 progressed = True
                 continue
             self._writes.remove(write)
             progressed = True
-            if write.piece.payload is not None:
-                self._payloads.append(write.piece.payload)
-                self.bytes_sent += write.piece.nbytes
-            self._hub.report(self._target, write.transport, failed=False)
+            nbytes = 0
+            for payload in write.batch.payloads:
+                self._payloads.append(payload)
+                nbytes += payload.encoded_bytes
+            self.bytes_sent += nbytes
+            self._hub.succeeded(self._target, write.transport, nbytes, write.started_s)
         return progressed
 
-    def _start(self, piece: _Piece) -> bool:
-        """Encode and submit the first piece of the queue; False if staging memory must be waited for."""
+    def _start(self, now_s: float) -> bool:
+        """Encode and submit what is at the head of the queue; False if it must wait."""
         link_name = ""
+        batch: Batch | None = None
         try:
+            batch = self._gather(now_s)
+            if batch is None:
+                return False
             link = self._hub.connect(self._target)
             link_name = link.transport
-            self._place(piece)
             start_bytes = self._reservation.extent.first_page * self._reservation.page_bytes
-            staged = link.stage(start_bytes + piece.offset_bytes, piece.nbytes)
+            staged = link.stage(start_bytes + batch.offset_bytes, batch.nbytes)
         except OverloadedError as error:
             return self._stall(error)
         except TransportError as error:
-            self._take(piece)
-            self._retry(piece, link_name, error)
+            if batch is not None:
+                self._take(batch)
+                self._retry(batch, link_name, error)
             return True
         except PrismServeError as error:
             self._stop(error)
             return True
         self._stalled_since_s = None
-        self._take(piece)
+        self._take(batch)
+        encoded = False
         try:
-            self._encode(piece, staged)
+            self._cutter.encode(batch, staged.buffer)
+            encoded = True
         except (PrismServeError, RuntimeError, ValueError, TypeError, LookupError) as error:
-            self._stop(error if isinstance(error, PrismServeError) else _encode_failure(piece, error))
+            self._stop(error if isinstance(error, PrismServeError) else _encode_failure(batch, error))
             return True
         finally:
-            if piece.payload is None:
+            if not encoded:
                 staged.discard()
-        self._submit(piece, staged, link_name)
+        self._submit(batch, staged, link_name)
         return True
 
-    def _submit(self, piece: _Piece, staged: StagedWrite, transport: str) -> None:
-        if piece.payload is None:
-            message = "a piece was submitted before it was encoded"
-            raise TransferError(message)
+    def _gather(self, now_s: float) -> Batch | None:
+        room = self._reservation.extent.pages * self._reservation.page_bytes
+        with self._lock:
+            batch, self._cursor = gather(self._pieces, self._cursor, room, self._hub.config.coalesce_bytes, now_s)
+        return batch
+
+    def _submit(self, batch: Batch, staged: StagedWrite, transport: str) -> None:
         lease_id, generation = self._reservation.lease_id, self._reservation.extent.generation
+        started_s = self._hub.clock()
         try:
-            handle = staged.submit(encode_payload(lease_id, generation, piece.payload))
+            handle = staged.submit(encode_payloads(lease_id, generation, batch.payloads))
         except TransportError as error:
-            self._retry(piece, transport, error)
+            self._retry(batch, transport, error)
             return
         self.transport = transport
-        self._writes.append(_Write(piece, handle, transport))
+        self._writes.append(_Write(batch, handle, transport, started_s))
 
-    def _place(self, piece: _Piece) -> None:
-        if piece.offset_bytes >= 0:
-            return
-        room = self._reservation.extent.pages * self._reservation.page_bytes
-        if self._cursor + piece.nbytes > room:
-            message = f"the reservation of {room} bytes is too small: {self._cursor + piece.nbytes} bytes are needed"
-            raise TransferError(message)
-        piece.offset_bytes = self._cursor
-        self._cursor += aligned(piece.nbytes)
-
-    def _take(self, piece: _Piece) -> None:
+    def _take(self, batch: Batch) -> None:
         with self._lock:
-            if self._pieces and self._pieces[0] is piece:
-                self._pieces.popleft()
+            for piece in batch.pieces:
+                if self._pieces and self._pieces[0] is piece:
+                    self._pieces.popleft()
 
-    def _encode(self, piece: _Piece, staged: StagedWrite) -> None:
-        """Fill the staged buffer; the checksum is over the private encoded bytes where there are any."""
-        if piece.raw is not None:
-            encoded: torch.Tensor = piece.raw
-        elif piece.read is not None:
-            keys, values = piece.read(piece.layer, piece.start_token, piece.tokens)
-            if isinstance(self._codec, EncodesInto):
-                self._codec.encode_into(keys, values, self._codec_config, staged.buffer)
-                encoded = staged.buffer
-            else:
-                encoded = self._codec.encode(keys, values, self._codec_config)
-        else:
-            message = "a piece has nothing to send"
-            raise TransferError(message)
-        if encoded is not staged.buffer:
-            staged.buffer.copy_(encoded)
-        digest = checksum((encoded if encoded.device.type == "cpu" else staged.buffer).numpy())
-        piece.payload = Payload(piece.layer, piece.start_token, piece.tokens, piece.offset_bytes, piece.nbytes, digest)
-
-    def _retry(self, piece: _Piece, transport: str, error: TransportError) -> None:
-        """Put the piece back, to go over the next link; the same bytes at the same place, so repeating is harmless."""
+    def _retry(self, batch: Batch, transport: str, error: TransportError) -> None:
+        """Put the pieces back, to go over the next link; the same bytes at the same place: repeating is harmless."""
         if transport:
-            self._hub.report(self._target, transport, failed=True)
-        piece.payload = None
-        piece.attempts += 1
-        piece.not_before_s = self._hub.clock() + _RETRY_PAUSE_S * 2**piece.attempts
+            self._hub.failed(self._target, transport)
         _log.warning("a KV write to worker %s over %s failed: %s", self._target.worker_id, transport or "-", error)
-        if piece.attempts >= self._hub.config.write_attempts:
+        for piece in batch.pieces:
+            piece.payload = None
+            piece.attempts += 1
+            piece.not_before_s = self._hub.clock() + _RETRY_PAUSE_S * 2**piece.attempts
+        if max(piece.attempts for piece in batch.pieces) >= self._hub.config.write_attempts:
             self._stop(error)
             return
         with self._lock:
             if self._error is None:
-                self._pieces.appendleft(piece)
+                self._pieces.extendleft(reversed(batch.pieces))
 
     def _stall(self, error: OverloadedError) -> bool:
         now_s = self._hub.clock()
@@ -416,7 +359,8 @@ class Outgoing:
             self._pieces.clear()
 
 
-def _encode_failure(piece: _Piece, error: Exception) -> TransferError:
-    failure = TransferError(f"layer {piece.layer}, token {piece.start_token} cannot be encoded: {error}")
+def _encode_failure(batch: Batch, error: Exception) -> TransferError:
+    first = batch.pieces[0]
+    failure = TransferError(f"layer {first.layer}, from token {first.start_token} on, cannot be encoded: {error}")
     failure.__cause__ = error
     return failure

@@ -1,59 +1,68 @@
 r"""What crosses the wire beside KV itself: notifications and endpoints, both msgpack with a fixed schema and a cap.
 
-A notification is one msgpack array of at most 96 bytes. ``PAYLOAD`` says that one encoded piece now lies in the
-receiver's extent; ``END`` that the sender will write no more under the lease::
+A notification is one msgpack array of at most 1280 bytes. ``PAYLOADS`` says that 1 to 16 encoded pieces now lie in the
+receiver's extent; ``END`` that the sender will write no more under the lease; ``PROBE`` means nothing and lets a sender
+measure a link::
 
-    [version=1, kind=1, lease_id, generation, layer, start_token, tokens, offset_bytes, encoded_bytes, checksum]
-    [version=1, kind=2, lease_id, generation]
+    [version=2, kind=1, lease_id, generation, [[layer, start_token, tokens, offset_bytes, encoded_bytes, codec,
+                                                checksum], ...]]
+    [version=2, kind=2, lease_id, generation]
+    [version=2, kind=3]
 
 ``checksum`` is 16 bytes, XXH3-128 (canonical, big-endian) over the encoded bytes; every other field is an integer,
 ``layer`` at least -1, all others at least 0. Addresses never appear: ``offset_bytes`` counts from the start of the
 leased extent, which the receiver alone translates. A notification grants nothing: it names a lease by its 63 random
 bits and its generation, and is dropped and counted if either is wrong.
 
-An endpoint is a msgpack map ``{"version": 1, "worker_id": str, "transports": {name: {...}}}`` of at most 64 KiB; each
-transport defines and validates its own entry.
+An endpoint is a msgpack map ``{"version": 2, "worker_id": str, "probe": [offset_bytes, nbytes], "transports": {name:
+{...}}}`` of at most 64 KiB; each transport defines and validates its own entry. ``probe`` is a part of the arena that
+holds nothing, which any peer may write to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgpack
 import xxhash
 from pydantic import Field, ValidationError
 
-from prismserve.core.config import FrozenConfig
+from prismserve.core.config import FrozenConfig, NonNegativeInt
 from prismserve.core.errors import TransferError
 from prismserve.core.types import Payload
 
-NOTIFICATION_BYTES_MAX: Final = 96
+NOTIFICATION_BYTES_MAX: Final = 1280
+PAYLOADS_MAX: Final = 16
+"""Most pieces one notification announces."""
 ENDPOINT_BYTES_MAX: Final = 65536
 CHECKSUM_BYTES: Final = 16
-_VERSION = 1
-_PAYLOAD = 1
+_VERSION = 2
+_PAYLOADS = 1
 _END = 2
-_PAYLOAD_FIELDS = 10
-_END_FIELDS = 4
+_PROBE = 3
+_PAYLOAD_FIELDS = 7
+_FIELDS = {_PAYLOADS: 5, _END: 4, _PROBE: 2}
 _TRANSPORTS_MAX = 16
 
 
 class Notification:
-    """One decoded notification; ``payload`` None means END."""
+    """One decoded notification; without payloads it means END, without a lease PROBE."""
 
-    __slots__ = ("generation", "lease_id", "payload")
+    __slots__ = ("generation", "lease_id", "payloads")
 
-    def __init__(self, lease_id: int, generation: int, payload: Payload | None) -> None:
+    def __init__(self, lease_id: int, generation: int, payloads: tuple[Payload, ...]) -> None:
         self.lease_id = lease_id
         self.generation = generation
-        self.payload = payload
+        self.payloads = payloads
 
 
 class Endpoint(FrozenConfig):
     """How to reach a worker's transports; the entries are validated by the transports themselves."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     worker_id: Annotated[str, Field(min_length=1, max_length=256)]
+    probe: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     transports: Annotated[dict[str, dict[str, Any]], Field(max_length=_TRANSPORTS_MAX)]
 
 
@@ -62,21 +71,38 @@ def checksum(data: Any) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def encode_payload(lease_id: int, generation: int, payload: Payload) -> bytes:
-    """The PAYLOAD notification."""
-    fields = (
-        _VERSION,
-        _PAYLOAD,
-        lease_id,
-        generation,
-        payload.layer,
-        payload.start_token,
-        payload.tokens,
-        payload.offset_bytes,
-        payload.encoded_bytes,
-        payload.checksum,
-    )
-    return bytes(msgpack.packb(fields))
+class Checksum:
+    """XXH3-128 over bytes that lie in several places."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, data: Any) -> None:
+        """Go on with a C-contiguous buffer."""
+        self._state.update(data)
+
+    def digest(self) -> bytes:
+        """16 bytes."""
+        return self._state.digest()
+
+
+def encode_payloads(lease_id: int, generation: int, payloads: Sequence[Payload]) -> bytes:
+    """The PAYLOADS notification of 1 to 16 pieces."""
+    pieces = [
+        (
+            payload.layer,
+            payload.start_token,
+            payload.tokens,
+            payload.offset_bytes,
+            payload.encoded_bytes,
+            payload.codec,
+            payload.checksum,
+        )
+        for payload in payloads
+    ]
+    return bytes(msgpack.packb((_VERSION, _PAYLOADS, lease_id, generation, pieces)))
 
 
 def encode_end(lease_id: int, generation: int) -> bytes:
@@ -84,26 +110,44 @@ def encode_end(lease_id: int, generation: int) -> bytes:
     return bytes(msgpack.packb((_VERSION, _END, lease_id, generation)))
 
 
-def decode_notification(raw: bytes) -> Notification:
-    """Parse and validate; TransferError on anything that is not exactly a notification of this version."""
-    fields = _unpack(raw, NOTIFICATION_BYTES_MAX, max_array_len=_PAYLOAD_FIELDS, max_bin_len=CHECKSUM_BYTES)
-    if not isinstance(fields, tuple) or len(fields) < _END_FIELDS:
-        message = "a transfer notification must be an array of integers"
+def encode_probe() -> bytes:
+    """The PROBE notification."""
+    return bytes(msgpack.packb((_VERSION, _PROBE)))
+
+
+def decode_notification(raw: bytes) -> Notification | None:
+    """Parse and validate; None for PROBE; TransferError on anything that is not a notification of this version."""
+    fields = _unpack(raw, NOTIFICATION_BYTES_MAX, max_array_len=PAYLOADS_MAX, max_bin_len=CHECKSUM_BYTES)
+    if not isinstance(fields, tuple) or not fields or not _are_numbers(fields[:4]) or fields[0] != _VERSION:
+        message = "a transfer notification is no array of integers, or of another version"
         raise TransferError(message)
-    numbers = fields if len(fields) == _END_FIELDS else fields[:-1]
-    if any(type(number) is not int or number < -1 for number in numbers) or fields[0] != _VERSION:
-        message = "a transfer notification has a field of the wrong type, or another version"
-        raise TransferError(message)
-    if fields[1] == _END and len(fields) == _END_FIELDS:
-        return Notification(fields[2], fields[3], None)
-    if fields[1] != _PAYLOAD or len(fields) != _PAYLOAD_FIELDS:
+    kind = fields[1] if len(fields) > 1 else 0
+    if _FIELDS.get(kind) != len(fields):
         message = "a transfer notification is of no known kind"
         raise TransferError(message)
+    if kind == _PROBE:
+        return None
+    pieces = fields[4] if kind == _PAYLOADS else ()
+    if not isinstance(pieces, tuple) or (not pieces and kind == _PAYLOADS):
+        message = "a transfer notification announces no payloads"
+        raise TransferError(message)
+    return Notification(fields[2], fields[3], tuple(map(_payload, pieces)))
+
+
+def _payload(fields: Any) -> Payload:
+    if not isinstance(fields, tuple) or len(fields) != _PAYLOAD_FIELDS or not _are_numbers(fields[:-1], least=-1):
+        message = "a payload in a transfer notification has a field of the wrong type"
+        raise TransferError(message)
     digest = fields[-1]
-    if not isinstance(digest, bytes) or len(digest) != CHECKSUM_BYTES or min(numbers[5:]) < 0:
+    if not isinstance(digest, bytes) or len(digest) != CHECKSUM_BYTES or min(fields[1:-1]) < 0:
         message = "a transfer notification has a checksum or a range that cannot be"
         raise TransferError(message)
-    return Notification(fields[2], fields[3], Payload(*fields[4:]))
+    layer, start_token, tokens, offset_bytes, nbytes, codec, _ = fields
+    return Payload(layer, start_token, tokens, offset_bytes, nbytes, digest, codec)
+
+
+def _are_numbers(fields: Sequence[Any], least: int = 0) -> bool:
+    return all(type(number) is int and number >= least for number in fields)
 
 
 def encode_endpoint(endpoint: Endpoint) -> bytes:

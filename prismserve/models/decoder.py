@@ -87,13 +87,18 @@ class DecoderLayer(nn.Module):
             return self._norm(x, weight), None
         return x, Norm(weight, self.config.norm_eps)
 
+    def project(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T, H, d] and keys [T, kv_heads, d] after RoPE, and values [T, kv_heads, d], of what enters [T, D]."""
+        config = self.config
+        rotated = config.heads + config.kv_heads
+        qkv = self.qkv(*self._entering(x, self.input_norm)).view(x.shape[0], -1, config.head_dim)
+        q, k = self._rotated(qkv[:, :rotated], rotary[self.rotary_kind])
+        return q, k, qkv[:, rotated:]
+
     def forward(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
         """[T, D] to [T, D]."""
-        config = self.config
-        tokens, heads = x.shape[0], config.heads
-        qkv = self.qkv(*self._entering(x, self.input_norm)).view(tokens, -1, config.head_dim)
-        v = qkv[:, heads + config.kv_heads :]
-        q, k = self._rotated(qkv[:, : heads + config.kv_heads], rotary[self.rotary_kind])
+        tokens = x.shape[0]
+        q, k, v = self.project(x, rotary)
         attended = attention.attend(index, q, k, v).reshape(tokens, -1)
         if self.attended_norm is None:
             x = self.output(attended, residual=x)
@@ -221,6 +226,11 @@ class Decoder(nn.Module):
         """Run one layer: [T, D] to [T, D]."""
         block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
         return block.forward(index, x, rotary, attention)
+
+    def project(self, index: int, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values that a layer would compute of its input [T, D], without running it."""
+        block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
+        return block.project(x, rotary)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head over the rows given: [T, D] to [T, V] float32."""

@@ -8,6 +8,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from prismserve.compression.wire import Slots
 from prismserve.core.errors import (
     DeadlineExceededError,
     EngineError,
@@ -167,7 +168,8 @@ class PushJob:
                 f"worker {submission.target_worker} refused room: {reply.refusal}", request_id=request.request_id
             )
         reservation = convert.reservation_from_proto(reply)
-        self._outgoing = Outgoing(runtime.hub, peer.info, reservation, request.compression.wire, layout)
+        slots = Slots.of(request.prompt, message.prompt_tokens)
+        self._outgoing = Outgoing(runtime.hub, peer.info, reservation, request.compression.wire, layout, slots)
         self._export.attach(self._outgoing)
         return peer, reservation
 
@@ -178,6 +180,8 @@ class PushJob:
             message = "the prefill ended without blocks or without a reservation"
             raise EngineError(message, request_id=request.request_id)
         timeout_s = runtime.config.peer_timeout_s
+        layer_tokens = await runtime.on_engine(lambda engine: engine.export_view(*self._submission.ref).layer_tokens)
+        self._export.complete(layer_tokens)
         payloads = await self._within(asyncio.wrap_future(outgoing.complete()), "the last write")
         expected = Expected(
             request_id=request.request_id,
@@ -193,7 +197,7 @@ class PushJob:
             expected,
             runtime.engine.layout,
             payloads,
-            layer_tokens=view.layer_tokens,
+            layer_tokens=layer_tokens,
             next_position=view.next_position,
             first_token_ids=output.token_ids,
             first_logprobs=output.logprobs,

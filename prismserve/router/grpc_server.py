@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from prismserve.core.errors import InvalidRequestError, PrismServeError
-from prismserve.models.processing import ChatMessage, ImageSlot
+from prismserve.models.processing import ChatMessage, ImageSlot, VideoSlot
 from prismserve.protocol import prismserve_pb2 as pb
 from prismserve.protocol import prismserve_pb2_grpc as rpc
 from prismserve.router.calls import Call, check_cache_salt, check_model, check_request_id
@@ -23,13 +23,17 @@ from prismserve.router.fields import json_object, refuse
 from prismserve.router.generation import TextDelta
 from prismserve.router.media import ImageSource
 from prismserve.router.usage import plan_text
+from prismserve.router.video import FrameChoice, VideoSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from prismserve.models.processing import Part
     from prismserve.router.config import RouterConfig
     from prismserve.router.generation import GenerationEvent
+    from prismserve.router.media import Source
     from prismserve.router.service import RouterService
+    from prismserve.router.tenants import Tenant
     from prismserve.router.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -84,39 +88,52 @@ def _compression(text: str) -> Any:
     return text
 
 
-def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float | None) -> Call:
+def _video(message: pb.Video, field: str) -> VideoSource:
+    if bool(message.file) == bool(message.frames):
+        refuse(field, "give either file or frames")
+    choice = FrameChoice(
+        message.fps if message.HasField("fps") else None, message.num_frames if message.HasField("num_frames") else None
+    )
+    return VideoSource(message.file or tuple(message.frames), field, choice)
+
+
+def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float | None, tenant: Tenant) -> Call:
     """Read a request; InvalidRequestError names the field at fault."""
     if bool(request.messages) == bool(request.prompt):
         refuse("messages", "give either messages or prompt")
     if len(request.messages) > config.max_messages:
         refuse("messages", f"has {len(request.messages)} items, at most {config.max_messages} are allowed")
-    images: list[ImageSource] = []
+    media: list[Source] = []
     messages: list[ChatMessage] = []
     for index, message in enumerate(request.messages):
         field = f"messages[{index}]"
         if message.role not in _ROLES:
             refuse(f"{field}.role", "must be system, user or assistant")
-        parts: list[str | ImageSlot] = []
+        parts: list[Part] = []
         for number, part in enumerate(message.content):
             where = f"{field}.content[{number}]"
             match part.WhichOneof("part"):
                 case "text":
                     parts.append(part.text)
                 case "image" if message.role == "user":
-                    parts.append(ImageSlot(len(images)))
-                    images.append(ImageSource(part.image, f"{where}.image"))
-                case "image":
-                    refuse(where, f"only user messages may hold images, not {message.role}")
+                    parts.append(ImageSlot(len(media)))
+                    media.append(ImageSource(part.image, f"{where}.image"))
+                case "video" if message.role == "user":
+                    parts.append(VideoSlot(len(media)))
+                    media.append(_video(part.video, f"{where}.video"))
+                case "image" | "video" as kind:
+                    refuse(where, f"only user messages may hold {kind}s, not {message.role}")
                 case _:
-                    refuse(where, "must hold text or an image")
+                    refuse(where, "must hold text, an image or a video")
         messages.append(ChatMessage(message.role, tuple(parts)))
     return Call(
         options=_options(request.sampling, chat=bool(request.messages)),
         messages=tuple(messages) or None,
         prompt=request.prompt or None,
-        images=tuple(images),
+        media=tuple(media),
         compression=_compression(request.compression),
         cache_salt=check_cache_salt(request.cache_salt, config),
+        tenant=tenant,
         timeout_s=timeout_s,
     )
 
@@ -138,6 +155,8 @@ def usage_message(usage: Usage) -> pb.Usage:
         decode_worker=usage.decode_worker,
         images=usage.images,
         images_cached=usage.images_cached,
+        videos=usage.videos,
+        frames=usage.frames,
         queue_ms=usage.queue_ms,
         encode_ms=usage.encode_ms,
         prefill_ms=usage.prefill_ms,
@@ -145,6 +164,7 @@ def usage_message(usage: Usage) -> pb.Usage:
         transfer_exposed_ms=usage.transfer_exposed_ms,
         route_reason=usage.route_reason,
         compression=plan_text(usage.compression),
+        visual_tokens_by_cut=usage.visual_tokens_by_cut,
     )
 
 
@@ -161,14 +181,19 @@ class InferenceServicer(rpc.InferenceServicer):
         arrived_at = time.monotonic()
         service = self._service
         try:
+            tenant = self._tenant(context)
             check_model(request.model, service.facts.name)
             request_id = check_request_id(request.request_id)
-            call = call_of(request, service.config, context.time_remaining())
+            call = call_of(request, service.config, context.time_remaining(), tenant)
             async with contextlib.aclosing(service.answer(call, arrived_at=arrived_at)) as events:
                 async for event in events:
                     yield self._response(request_id, event)
         except PrismServeError as error:
             await _abort(context, error)
+
+    def _tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
+        """Who is asking; AuthenticationError if that is not known."""
+        return self._service.tenants.authenticate_metadata(context.invocation_metadata() or ())
 
     def _response(self, request_id: str, event: GenerationEvent) -> pb.GenerateResponse:
         if isinstance(event, TextDelta):
@@ -196,7 +221,11 @@ class InferenceServicer(rpc.InferenceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ListModelsResponse:
         """The one model served."""
-        del request, context
+        del request
+        try:
+            self._tenant(context)
+        except PrismServeError as error:
+            await _abort(context, error)
         facts = self._service.facts
         return pb.ListModelsResponse(models=[pb.ModelCard(id=facts.name, max_model_len=facts.max_model_len)])
 
@@ -204,7 +233,11 @@ class InferenceServicer(rpc.InferenceServicer):
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetStatusResponse:
         """The status document as JSON."""
-        del request, context
+        del request
+        try:
+            self._tenant(context).require_admin()
+        except PrismServeError as error:
+            await _abort(context, error)
         return pb.GetStatusResponse(json=json.dumps(self._service.status()))
 
 
@@ -246,7 +279,9 @@ class GrpcDoor:
         server = grpc.aio.server(options=options)
         rpc.add_InferenceServicer_to_server(InferenceServicer(self._service), server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        if not self._service.tenants.configured:
+            # Reflection asks for no credential, and those who have one have the schema.
+            reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
             bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:

@@ -46,6 +46,11 @@ _WORKER_GAUGES: Final = {
     "transfer_seconds": ("kv_transfer_seconds", "Time spent sending KV"),
     "transfer_failures": ("kv_transfer_failures", "KV transfers that failed"),
     "prefill_tokens_per_s": ("prefill_tokens_per_second", "Recent prefill speed"),
+    "tier_host_blocks": ("tier_host_blocks", "KV blocks in the host memory tier"),
+    "tier_disk_blocks": ("tier_disk_blocks", "KV blocks in the file tier"),
+    "tier_restored_tokens": ("tier_restored_tokens", "Tokens restored from tiers instead of prefilled"),
+    "tier_corrupt_blocks": ("tier_corrupt_blocks", "KV blocks of tiers that failed their checksum"),
+    "tier_errors": ("tier_errors", "Reads and writes of the file tier that failed"),
     "step_ms": ("step_milliseconds", "Recent duration of an engine step"),
 }
 
@@ -106,6 +111,9 @@ class RouterMetrics:
         self._tpot = self._histogram("request_time_per_output_token_seconds", "Mean of a request after TTFT", _ITL_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token", _E2E_S)
         self._queue = self._histogram("request_queue_time_seconds", "TTFT without encoding, prefill, transfer", _TTFT_S)
+        self._exposed = self._histogram(
+            "kv_transfer_exposed_seconds", "From the first token until the KV is verified at the decode worker", _ITL_S
+        )
         self._prompt = self._counter("prompt_tokens", "Prompt tokens served, after compression")
         self._cached = self._counter("prompt_tokens_cached", "Prompt tokens that were not prefilled again")
         self._generated = self._counter("generation_tokens", "Tokens generated")
@@ -153,6 +161,8 @@ class RouterMetrics:
         self._success.labels(model, reason).inc()
         self._e2e.labels(model).observe(e2e_s)
         self._queue.labels(model).observe(usage.queue_ms / 1e3)
+        if usage.kv_bytes_sent:
+            self._exposed.labels(model).observe(usage.transfer_exposed_ms / 1e3)
         if usage.completion_tokens > 1:
             self._tpot.labels(model).observe((e2e_s - usage.ttft_ms / 1e3) / (usage.completion_tokens - 1))
         self._prompt.labels(model).inc(usage.prompt_tokens)

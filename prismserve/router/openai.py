@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from prismserve.core.errors import EngineError, NotFoundError, OverloadedError, PrismServeError
+from prismserve.core.errors import AuthenticationError, EngineError, NotFoundError, OverloadedError, PrismServeError
 from prismserve.router import metrics
 from prismserve.router.admission import BodyBudget
 from prismserve.router.calls import chat_call, check_model, completion_call
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prismserve.router.calls import Call
     from prismserve.router.generation import GenerationEvent
     from prismserve.router.service import RouterService
+    from prismserve.router.tenants import Tenant
     from prismserve.router.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def _respond(failure: Failure) -> JSONResponse:
     headers = {}
     if failure.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(failure.retry_after_s)))
+    if failure.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if failure.status in (408, 413):
         headers["Connection"] = "close"
     return JSONResponse(failure.openai(), failure.status, headers)
@@ -107,12 +110,18 @@ class _Door:
         """POST /v1/completions."""
         return await self._generate(request, chat=False)
 
-    async def models(self) -> Response:
+    def _tenant(self, request: Request) -> Tenant:
+        """Who is asking; AuthenticationError if that is not known."""
+        return self._service.tenants.authenticate(request.headers.get("authorization"))
+
+    async def models(self, request: Request) -> Response:
         """GET /v1/models."""
+        self._tenant(request)
         return JSONResponse({"object": "list", "data": [self._card()]})
 
-    async def model(self, model: str) -> Response:
+    async def model(self, request: Request, model: str) -> Response:
         """GET /v1/models/{id}."""
+        self._tenant(request)
         if model != self._service.facts.name:
             message = "there is no model of this name; /v1/models lists those served"
             raise NotFoundError(message, field="model")
@@ -128,12 +137,14 @@ class _Door:
         """GET /-/healthz: 200 while the process answers."""
         return JSONResponse({"status": "alive"})
 
-    async def metrics(self) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
+        self._tenant(request).require_admin()
         return Response(self._service.metrics.render(), media_type=metrics.CONTENT_TYPE)
 
-    async def status(self) -> Response:
+    async def status(self, request: Request) -> Response:
         """GET /status."""
+        self._tenant(request).require_admin()
         return JSONResponse(self._service.status())
 
     def _card(self) -> dict[str, Any]:
@@ -150,15 +161,16 @@ class _Door:
         arrived_at = time.monotonic()
         service = self._service
         try:
-            service.admission.check()
-        except OverloadedError:
+            tenant = self._tenant(request)
+            service.admission.check(tenant)
+        except (AuthenticationError, OverloadedError):
             await drain(request.stream())
             raise
         with BodyBudget(service.admission, service.config) as budget:
             body = json_object(await read_body(request, service.config, budget))
             check_model(body.get("model"), service.facts.name)
             stream, include_usage = _stream_options(body)
-            call = self._call(body, chat=chat)
+            call = self._call(body, tenant, chat=chat)
             choices = choices_of(body, service.config)
             answer = Format(service.facts, service.token_bytes, chat=chat, include_usage=include_usage)
             events = service.answer(call, arrived_at=arrived_at)
@@ -170,10 +182,10 @@ class _Door:
         chunks = _chunks(first, events, answer, choices)
         return StreamingResponse(chunks, headers=_SSE_HEADERS, media_type="text/event-stream")
 
-    def _call(self, body: Mapping[str, Any], *, chat: bool) -> Call:
+    def _call(self, body: Mapping[str, Any], tenant: Tenant, *, chat: bool) -> Call:
         if chat:
-            return chat_call(body, self._service.config)
-        return completion_call(body, self._service.config, self._service.processor.vocab_size)
+            return chat_call(body, self._service.config, tenant)
+        return completion_call(body, self._service.config, self._service.processor.vocab_size, tenant)
 
 
 async def _first(events: AsyncGenerator[GenerationEvent, None]) -> GenerationEvent:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import prismserve
 from prismserve.core.errors import PrismServeError, RequestCancelledError
+from prismserve.core.types import MediaKind
 from prismserve.kv_transfer.index.mirror import Mirror
 from prismserve.models.token_bytes import TokenBytes
 from prismserve.router.admission import Admission
@@ -23,6 +24,7 @@ from prismserve.router.requests import RequestBuilder
 from prismserve.router.sampling import choices_of
 from prismserve.router.sessions import WorkerPool
 from prismserve.router.status import pool_status, worker_status
+from prismserve.router.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -49,6 +51,7 @@ class RouterService:
         default_compression: preset or method name of requests that give none.
         router_id: unique name of this router.
         cluster_secret: what workers' data planes ask for.
+        tenants: who may ask; None serves everyone as one tenant.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class RouterService:
         default_compression: str = "off",
         router_id: str = "router-0",
         cluster_secret: str = "",
+        tenants: Tenants | None = None,
     ) -> None:
         self.config = config
         self.facts = facts
         self.processor = processor
         self.token_bytes = TokenBytes(processor.tokenizer)
         self.router_id = router_id
+        self.tenants = tenants or Tenants()
         self.admission = Admission(config)
         self.mirror = Mirror()
         self.pool = WorkerPool(router_id, self.mirror.workers, self._serves_us, config, cluster_secret)
@@ -126,14 +131,16 @@ class RouterService:
         ended = False
         try:
             choices = choices_of(call.options, self.config)
-            with self.admission.slot(choices):
+            with self.admission.slot(call.tenant, choices):
                 prepared = await self._builder.build(call)
-                run = functools.partial(self._run, call, arrived_at)
-                stream = run(prepared, None) if choices == 1 else run_choices(run, prepared, choices)
-                async with contextlib.aclosing(stream) as events:
-                    async for event in events:
-                        ended = isinstance(event, Finished) and event.usage is not None
-                        yield event
+                samples = sum(len(item.data) for item in prepared.request.media if item.kind is MediaKind.VIDEO)
+                with self.admission.videos(samples):
+                    run = functools.partial(self._run, call, arrived_at)
+                    stream = run(prepared, None) if choices == 1 else run_choices(run, prepared, choices)
+                    async with contextlib.aclosing(stream) as events:
+                        async for event in events:
+                            ended = isinstance(event, Finished) and event.usage is not None
+                            yield event
         except PrismServeError as error:
             ended = True
             self.metrics.failed(type(error).__name__)
@@ -165,6 +172,8 @@ class RouterService:
                 "index_keys": len(self.mirror),
                 "images_decoded": self._media.decoded_images,
                 "images_remembered": self._media.remembered_images,
+                "videos_decoded": self._media.decoded_videos,
+                "videos_remembered": self._media.remembered_videos,
             },
             "pools": pool_status(sessions),
             "workers": [worker_status(session) for session in sessions],

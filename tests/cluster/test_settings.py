@@ -88,6 +88,14 @@ def test_flags_and_variables_are_unique() -> None:
     assert len({leaf.flag for leaf in found}) == len({leaf.variable for leaf in found}) == len(found)
 
 
+def test_the_kv_cache_is_also_sized_and_typed_by_the_names_the_field_knows() -> None:
+    settings = compose("--kv-cache-memory", "3MiB", "--kv-cache-dtype", "int8")
+    assert (settings.engine.kv_cache_bytes, settings.engine.kv_cache_dtype) == (3 << 20, "int8")
+    assert settings == compose("--engine-kv-cache-bytes", "3MiB", "--engine-kv-cache-dtype", "int8")
+    with pytest.raises(ConfigurationError, match="kv_cache_dtype"):
+        compose("--kv-cache-dtype", "fp4")
+
+
 def test_none_unsets_what_may_be_unset() -> None:
     assert compose("--redis-url", "none", environ={"PRISMSERVE_REDIS_URL": "redis://a"}).redis_url is None
 

@@ -23,6 +23,7 @@ from prismserve.models.causal import CausalModel
 from prismserve.models.config import DecoderConfig
 from prismserve.models.processing import Processor
 from prismserve.models.reference import reference_path
+from tests.engine.rounding import ROUNDED, row_bytes
 from tests.models.dense_backend import dense_attention
 
 NAMESPACE = b"n" * 32
@@ -34,13 +35,18 @@ Keep = dict[int, torch.Tensor]
 
 
 class DenseCache:
-    """Attention over one sequence with every score written out, whose layers can be compacted."""
+    """Attention over one sequence with every score written out, whose layers can be compacted.
 
-    def __init__(self) -> None:
+    Keys and values are rounded as ``kv_format`` would when they come in, and never again.
+    """
+
+    def __init__(self, kv_format: str = "auto") -> None:
+        self.rounded = ROUNDED[kv_format]
         self.held: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * LAYERS
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         held = self.held[layer]
+        k, v = self.rounded(k), self.rounded(v)
         keys, values = (k, v) if held is None else (torch.cat((held[0], k)), torch.cat((held[1], v)))
         self.held[layer] = keys, values
         return dense_attention(q, keys, values, HEAD_DIM**-0.5)
@@ -56,8 +62,9 @@ class DenseCache:
 class TextWorkshop:
     """Builds the model once; engines, requests and expectations around it."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        shape = ModelShape(DecoderConfig(48, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 64, VOCAB, 1e-6, 512, 10000.0))
+    def __init__(self, device: torch.device | str = "cpu", windows: tuple[int, ...] = ()) -> None:
+        config = DecoderConfig(48, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 64, VOCAB, 1e-6, 512, 10000.0, windows=windows)
+        shape = ModelShape(config)
         identity = ModelIdentity(b"f" * 32, b"e" * 32, frozenset({1}))
         self.model = CausalModel(shape, identity, torch.device(device), torch.float32)
         self.processor = Processor.from_directory(reference_path())
@@ -88,19 +95,19 @@ class TextWorkshop:
         )
 
     def engine(self, blocks: int = 200, clock: Callable[[], float] | None = None, **config: Any) -> Engine:
-        token_bytes = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
+        token_bytes = LAYERS * 2 * KV_HEADS * row_bytes(config.get("kv_cache_dtype", "auto"), HEAD_DIM)
         config = {"block_tokens": BLOCK, "max_model_len": min(512, blocks * BLOCK), **config}
         config["kv_cache_bytes"] = blocks * config["block_tokens"] * token_bytes
         extra = {} if clock is None else {"clock": clock}
         return Engine(self.model, self.processor, EngineConfig(**config), **extra)
 
     @torch.inference_mode()
-    def expected(self, ids: Sequence[int], tokens: int, keep: Keep | None = None) -> list[int]:
+    def expected(self, ids: Sequence[int], tokens: int, keep: Keep | None = None, kv_format: str = "auto") -> list[int]:
         """Greedy tokens with a dense cache; ``keep`` is applied once the prompt is computed."""
         told = {layer: rows.tolist() for layer, rows in (keep or {}).items()}
-        name = (tuple(ids), tokens, repr(told))
+        name = (tuple(ids), tokens, repr(told), kv_format)
         if name not in self._known:
-            decoder, cache, out = self.model.decoder, DenseCache(), []
+            decoder, cache, out = self.model.decoder, DenseCache(kv_format), []
             chunk, position = torch.tensor(ids), 0
             for step in range(tokens):
                 rotary = decoder.rotary(torch.arange(position, position + len(chunk)))

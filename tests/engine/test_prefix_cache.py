@@ -8,7 +8,7 @@ from prismserve.core.errors import OutOfBlocksError
 from prismserve.core.prompt import Element, block_key, block_keys
 from prismserve.core.types import KVLayout
 from prismserve.engine.pool import KVPool
-from prismserve.engine.prefix_cache import PrefixCache
+from prismserve.engine.prefix_cache import NOBODY, CacheOwner, PrefixCache
 
 BLOCK = 4
 LAYOUT = KVLayout("float32", layers=1, kv_heads=1, head_dim=2, block_tokens=BLOCK)
@@ -25,19 +25,20 @@ class Cache:
         self.tokens: dict[tuple[int, ...], None] = {}
         self.next = 0
 
-    def start(self, slots: list[Element], root: bytes = ROOT) -> int | None:
+    def start(self, slots: list[Element], root: bytes = ROOT, owner: CacheOwner = NOBODY) -> int | None:
         """Match, allocate, publish; the id of the sequence, None if there was no room."""
         keys = block_keys(root, slots, BLOCK)
         held = list(self.prefix.match(root, keys, slots, len(slots) - 1).groups)
         self.pool.retain(held)
         try:
-            table = held + self.prefix.allocate(self.pool.blocks_for(len(slots)) - len(held))
+            table = held + self.prefix.allocate(self.pool.blocks_for(len(slots)) - len(held), owner)
         except OutOfBlocksError:
             self.prefix.release(held)
             return None
         for index, key in enumerate(keys):
             parent = keys[index - 1] if index else root
-            listed = self.prefix.insert(parent, key, table[index], slots[index * BLOCK : (index + 1) * BLOCK])
+            block = slots[index * BLOCK : (index + 1) * BLOCK]
+            listed = self.prefix.insert(parent, key, table[index], block, owner)
             if listed != table[index]:
                 self.pool.retain([listed])
                 self.prefix.release([table[index]])
@@ -225,3 +226,51 @@ def test_tree_pool_and_tables_agree_after_any_schedule(
     assert cache.pool.used_groups == 0
     cache.prefix.clear()
     assert cache.pool.free_groups == groups
+
+
+def flooded(share: float | None) -> float:
+    """Hit rate of a tenant with 4 conversations in turn, while another sends 3 new prompts after each of them."""
+    cache = Cache(32)
+    modest, greedy = CacheOwner("modest", share or 1.0), CacheOwner("greedy", share or 1.0)
+    asked = hit = 0
+    for turn in range(60):
+        prompt: list[Element] = [100 + turn % 4] * 16
+        hit += cache.match(prompt, b"m" * 32) // BLOCK * BLOCK
+        asked += len(prompt)
+        name = cache.start(prompt, b"m" * 32, modest)
+        assert name is not None
+        cache.stop(name)
+        for extra in range(3):
+            name = cache.start([1000 + 3 * turn + extra] * 16, b"g" * 32, greedy)
+            assert name is not None
+            cache.stop(name)
+        cache.check()
+        cache.prefix.check()
+    return hit / asked
+
+
+def test_a_tenant_that_floods_the_cache_leaves_others_their_share():
+    solo = 56 * 12 / (60 * 16)
+    assert flooded(0.5) >= 0.9 * solo
+    # What the quota is for: without one, the flood washes the other tenant's conversations out.
+    assert flooded(None) < 0.1
+
+
+def test_what_nobody_else_wants_may_exceed_a_share():
+    cache = Cache(16)
+    for number in range(4):
+        name = cache.start([number] * 16, ROOT, CacheOwner("alone", 0.25))
+        assert name is not None
+        cache.stop(name)
+    assert cache.prefix.held_by("alone") == 16
+
+
+def test_blocks_in_use_are_not_taken_from_a_tenant_above_its_share():
+    cache = Cache(8)
+    running = cache.start([1] * 24, ROOT, CacheOwner("busy", 0.25))
+    assert running is not None
+    assert cache.start([2] * 16, b"o" * 32, CacheOwner("other", 0.5)) is None
+    assert cache.match([1] * 24 + [0]) == 24
+    cache.stop(running)
+    assert cache.start([2] * 16, b"o" * 32, CacheOwner("other", 0.5)) is not None
+    cache.prefix.check()

@@ -37,6 +37,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_mixed_prefill_tokens": st.sampled_from([1, 8, 100]),
         "priority_ageing_s": st.sampled_from([None, 0.5, 30.0]),
         "prefix_bonus_s": st.sampled_from([0.0, 3.0]),
+        "kv_cache_dtype": st.sampled_from(["auto", "auto", "fp8", "int8", "int4"]),
     }
 )
 EVENTS = st.lists(
@@ -64,7 +65,7 @@ def test_any_schedule_gives_the_tokens_of_a_dense_cache(text, config, events) ->
             tokens, keep = 12 + pick * 7 % 23, KEEPS[choice]
             request = text.request(name, ids, tokens, priority=choice % 3)
             engine.submit(request, worker="local")
-            expected[name] = text.expected(ids, tokens, keep)
+            expected[name] = text.expected(ids, tokens, keep, config["kv_cache_dtype"])
             if keep is not None:
                 driver.keeps[name] = keep
         elif kind == "cancel" and expected:

@@ -6,7 +6,7 @@ import torch
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.types import KVLayout
 from prismserve.engine.config import EngineConfig
-from prismserve.engine.sizing import free_memory, kv_dtype, plan_kv_groups
+from prismserve.engine.sizing import free_memory, kv_dtype, kv_format, plan_kv_groups
 
 LAYOUT = KVLayout("float32", layers=2, kv_heads=2, head_dim=8, block_tokens=16)
 GROUP = 16 * LAYOUT.token_bytes
@@ -41,12 +41,24 @@ def test_the_pool_takes_the_type_of_the_weights_or_the_one_named() -> None:
     assert kv_dtype("auto", torch.float16) == "float16"
     assert kv_dtype("bf16", torch.float32) == "bfloat16"
 
+    assert kv_dtype("int4", torch.bfloat16) == "bfloat16"
+
 
 @pytest.mark.parametrize("choice", ["fp8", "int8", "int4"])
-def test_a_type_attention_cannot_read_is_refused_by_name(text, choice) -> None:
-    with pytest.raises(ConfigurationError, match=f"kv_cache_dtype {choice} is not offered") as caught:
-        text.engine(kv_cache_dtype=choice)
+def test_a_format_that_cannot_hold_the_heads_is_refused_by_name(choice) -> None:
+    assert kv_format(choice, 80) == choice
+    assert kv_format("auto", 7) == kv_format("bf16", 7) == "plain"
+    with pytest.raises(ConfigurationError, match=f"kv_cache_dtype {choice} needs .* even .* have 7") as caught:
+        kv_format(choice, 7)
     assert caught.value.field == "kv_cache_dtype"
+
+
+def test_a_quantised_pool_holds_more_tokens_in_the_same_memory(text) -> None:
+    layouts = {kv: text.engine(kv_cache_dtype=kv).layout for kv in ("auto", "int8", "int4")}
+    config = EngineConfig(kv_cache_bytes=1 << 20)
+    groups = {kv: plan_kv_groups(config, layout, 0, 64) for kv, layout in layouts.items()}
+    assert groups["int8"] == pytest.approx(groups["auto"] * 32 / 10, rel=0.01)
+    assert groups["int4"] == pytest.approx(groups["auto"] * 32 / 8, rel=0.01)
 
 
 def test_a_bf16_pool_under_float32_weights_halves_the_memory_and_stays_close(text) -> None:

@@ -73,6 +73,7 @@ def changed(index: int, **fields) -> tuple[Payload, ...]:
         changed(1, offset_bytes=5),
         changed(5, offset_bytes=ROOM),
         changed(0, checksum=bytes(15)),
+        changed(0, codec=1),
         changed(5, tokens=11, encoded_bytes=11 * SIZE),
         (),
     ],

@@ -24,7 +24,7 @@ from prismserve.kv_transfer.config import TransferConfig
 from prismserve.kv_transfer.manifest import build
 from prismserve.kv_transfer.sender import Outgoing
 from prismserve.kv_transfer.transports.local import LocalLink, LocalTransport
-from prismserve.kv_transfer.wire import checksum, encode_end, encode_payload
+from prismserve.kv_transfer.wire import checksum, encode_end, encode_payloads
 
 
 @pytest.fixture
@@ -148,11 +148,11 @@ def test_forged_notifications_are_dropped_and_counted(pair):
         b"\x80\x04\x95pickle",
         encode_end(lease, generation + 1),
         encode_end(lease ^ 1, generation),
-        encode_payload(lease, generation + 1, piece),
-        encode_payload(lease, generation, Payload(99, 0, 1, 0, LAYOUT.token_layer_bytes, bytes(16))),
-        encode_payload(lease, generation, Payload(0, 100, 1, 0, LAYOUT.token_layer_bytes, bytes(16))),
-        encode_payload(lease, generation, Payload(0, 0, 1, 1 << 40, LAYOUT.token_layer_bytes, bytes(16))),
-        encode_payload(lease, generation, Payload(0, 0, 1, 0, 7, bytes(16))),
+        encode_payloads(lease, generation + 1, [piece]),
+        encode_payloads(lease, generation, [Payload(99, 0, 1, 0, LAYOUT.token_layer_bytes, bytes(16))]),
+        encode_payloads(lease, generation, [Payload(0, 100, 1, 0, LAYOUT.token_layer_bytes, bytes(16))]),
+        encode_payloads(lease, generation, [Payload(0, 0, 1, 1 << 40, LAYOUT.token_layer_bytes, bytes(16))]),
+        encode_payloads(lease, generation, [Payload(0, 0, 1, 0, 7, bytes(16))]),
     ]
     for raw in forged:
         link.notify(raw)
@@ -170,7 +170,7 @@ def test_pieces_that_the_manifest_does_not_state_end_the_transfer(pair):
     nbytes = LAYOUT.token_layer_bytes
     data = pair[1].arena.view(reservation.extent, 0, nbytes)
     extra = Payload(0, 1, 1, 0, nbytes, checksum(data.numpy()))
-    link.notify(encode_payload(reservation.lease_id, reservation.extent.generation, extra))
+    link.notify(encode_payloads(reservation.lease_id, reservation.extent.generation, [extra]))
     until(lambda: (0, 1) in pair[1].got)
     with pytest.raises(ChecksumMismatchError):
         commit(pair, reservation, expected, payloads).result(5)
@@ -192,7 +192,7 @@ def test_a_late_writer_after_a_cancel_is_refused_and_harms_nobody(pair):
     until(lambda: pair[1].receiver.stats.payloads == len(payloads))
     late.buffer.fill_(255)
     piece = Payload(0, 0, 40, 0, nbytes, checksum(late.buffer.numpy()))
-    late.submit(encode_payload(old.lease_id, old.extent.generation, piece))
+    late.submit(encode_payloads(old.lease_id, old.extent.generation, [piece]))
     commit(pair, new, second, payloads).result(5)
     assert_received(pair[1].got, 6, 100, 0.0)
     assert pair[1].receiver.stats.notifications_duplicate == 1
@@ -308,7 +308,7 @@ def test_kv_that_cannot_be_read_ends_its_transfer_alone_and_holds_no_staging(mak
     config = TransferConfig(arena_bytes=8 << 20, transports=("nixl",))
     pair = make_worker("a", config), make_worker("b", config)
 
-    def read(layer, start_token, tokens):
+    def read(layer, start_token, tokens, *, rows):
         raise raised("gone")
 
     _, outgoing = start(pair, expect())
@@ -328,7 +328,7 @@ def test_a_full_queue_ends_the_transfer_and_not_the_caller(make_worker):
     blocked = threading.Event()
     keys, values = kv(0, 100)
 
-    def read(layer, start_token, tokens):
+    def read(layer, start_token, tokens, *, rows):
         blocked.wait(5)
         return keys[0], values[0]
 

@@ -52,7 +52,7 @@ async def start_cluster(processor, facts, answer_ids):
     """Starts routers and scripted workers on loopback; everything ends with the test."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(roles=("prefill", "decode"), script=None, **config):
+        async def start(roles=("prefill", "decode"), script=None, tenants=None, **config):
             store, fabric = MemoryStore(), Fabric()
             workers = {}
 
@@ -69,7 +69,7 @@ async def start_cluster(processor, facts, answer_ids):
             index = MemoryIndex(store)
             stack.push_async_callback(index.close)
             settings = RouterConfig(reconcile_interval_s=0.02, stop_timeout_s=1.0, **config)
-            service = RouterService(processor, facts, index, settings)
+            service = RouterService(processor, facts, index, settings, tenants=tenants)
             await service.start()
             stack.push_async_callback(service.stop)
             doors = FrontDoors(service)

@@ -70,7 +70,7 @@ class World:
             cluster_secret=SECRET,
             index_url=self.url,
             engine=changes.pop("engine", EngineConfig(kv_cache_bytes=48 << 20)),
-            transfer=changes.pop("transfer", TransferConfig(arena_bytes=32 << 20)),
+            transfer=changes.pop("transfer", TransferConfig(arena_bytes=32 << 20, link_choice="order")),
             drain_timeout_s=1.0,
             **changes,
         )
@@ -87,7 +87,8 @@ class World:
         path = reference_path()
         info = inspect_checkpoint(path)
         fingerprint = model_fingerprint(path, "float32")
-        layout = KVLayout("float32", info.layers, info.kv_heads, info.head_dim, 16)
+        kv_format = changes.pop("kv_format", "plain")
+        layout = KVLayout("float32", info.layers, info.kv_heads, info.head_dim, 16, kv_format=kv_format)
         facts = ModelFacts("reference", fingerprint, encoder_fingerprint(fingerprint), layout, info.max_model_len)
         self.index = await open_index(self.url, self.cluster)
         self.router = RouterService(
@@ -115,7 +116,7 @@ class World:
         call = Call(
             options={"temperature": 0, "max_tokens": 32, **options},
             messages=(ChatMessage("user", (ImageSlot(0), question)),),
-            images=(ImageSource(stream.getvalue(), "image"),),
+            media=(ImageSource(stream.getvalue(), "image"),),
             compression=compression,
         )
         answer = Answer("", [], None)

@@ -77,6 +77,15 @@ async def test_compression_cuts_tokens_and_bytes_on_the_wire(world: Any) -> None
     assert usage.kv_bytes_sent < usage.kv_bytes_after * 0.35
 
 
+async def test_text_and_the_last_tokens_cross_the_wire_exactly_beside_an_int4_image(world: Any) -> None:
+    exact = {"wire": {"codec": "int4", "text": "none", "residual": 16}}
+    answer = await world.ask(SEED + 53, "Describe the image.", exact)
+    assert answer.usage.kv_bytes_sent < answer.usage.kv_bytes_before * 0.3
+    all_of_it = {"wire": {"codec": "int4", "text": "same", "residual": 0}}
+    smaller = await world.ask(SEED + 54, "Describe the image.", all_of_it)
+    assert smaller.usage.kv_bytes_sent < answer.usage.kv_bytes_sent
+
+
 async def test_a_second_question_neither_encodes_nor_prefills_the_image_again(world: Any) -> None:
     encoded = sum(worker.engine.stats().encoded_images for worker in world.workers)
     await world.ask(SEED + 52, "Describe the image.")

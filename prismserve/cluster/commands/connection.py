@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,7 @@ from prismserve.client import (
     UnavailableError,
 )
 from prismserve.client.channel import DEFAULT_TARGET
+from prismserve.cluster.settings import API_KEY_VARIABLE, client_api_key
 
 if TYPE_CHECKING:
     import argparse
@@ -52,6 +54,12 @@ def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout_s: floa
         default=DEFAULT_TARGET,
         metavar="HOST:PORT",
         help="gRPC address of the cluster (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--api-key",
+        default=client_api_key(os.environ),
+        metavar="KEY",
+        help=f"for a cluster that asks for one (default: the environment variable {API_KEY_VARIABLE})",
     )
     parser.add_argument(
         "--timeout-s",

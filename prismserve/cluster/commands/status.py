@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask, print, and return the exit code (see ``--help``)."""
     try:
-        with Client(args.target, timeout_s=args.timeout_s) as client:
+        with Client(args.target, api_key=args.api_key, timeout_s=args.timeout_s) as client:
             status = client.status()
     except ClientError as error:
         print(f"error: {explain(error, args.target)}", file=sys.stderr)

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 
-from prismserve.compression.base import Stage
-from prismserve.core.config import FrozenConfig
-from prismserve.core.errors import IncompatibleLayoutError
-from prismserve.kernels.int8 import reference
+from prismserve.compression.base import Stage, WireConfig
+from prismserve.compression.codec._sections import SHORT_TOKENS, dtype_of, group_tokens, join, split
+from prismserve.kernels import int8
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prismserve.core.types import KVLayout
 
 _SCALE_BYTES = 4
-_SHORT_TOKENS = 32
-"""Below this, one scale per channel costs more than it saves: keys are scaled per token as values are."""
 
 
-class Int8Config(FrozenConfig):
+class Int8Config(WireConfig):
     """Parameters of the codec.
 
     Attributes:
@@ -32,7 +31,7 @@ class Int8Config(FrozenConfig):
             many (one group if shorter).
     """
 
-    group_tokens: int = Field(default=128, ge=_SHORT_TOKENS, le=65536, strict=True)
+    group_tokens: int = Field(default=128, ge=SHORT_TOKENS, le=65536, strict=True)
 
 
 class Int8Codec:
@@ -48,6 +47,9 @@ class Int8Codec:
     name: ClassVar[str] = "int8"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.CODEC
+    section: ClassVar[str] = "own"
+    source: ClassVar[str] = "after Liu et al., KIVI, ICML 2024, arXiv:2402.02750"
+    training_free: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     Config: ClassVar[type[Int8Config]] = Int8Config
 
@@ -57,14 +59,17 @@ class Int8Codec:
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, config: Int8Config) -> torch.Tensor:
         """Quantise one layer; see :class:`Int8Codec` for the order of the bytes."""
+        return join(self.parts(keys, values, config))
+
+    def parts(self, keys: torch.Tensor, values: torch.Tensor, config: Int8Config) -> Sequence[torch.Tensor]:
+        """The sections of :meth:`encode`."""
         tokens = keys.shape[0]
-        if tokens < _SHORT_TOKENS:
-            key = reference.quantise_per_token(keys, symmetric=True)
+        if tokens < SHORT_TOKENS:
+            key = int8.quantise_per_token(keys, symmetric=True)
         else:
-            key = reference.quantise_per_channel(keys, _group_tokens(tokens, config))
-        value = reference.quantise_per_token(values, symmetric=True)
-        parts = [key.scale, key.offset, value.scale, key.codes, value.codes]
-        return torch.cat([part.reshape(-1).view(torch.uint8) for part in parts if part is not None])
+            key = int8.quantise_per_channel(keys, group_tokens(tokens, config.group_tokens))
+        value = int8.quantise_per_token(values, symmetric=True)
+        return [part for part in (key.scale, key.offset, value.scale, key.codes, value.codes) if part is not None]
 
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: Int8Config
@@ -76,44 +81,33 @@ class Int8Codec:
         """
         heads, channels = layout.kv_heads, layout.head_dim
         sizes = _section_bytes(tokens, heads, channels, config)
-        if encoded.numel() != sum(sizes):
-            message = f"an int8 payload of {tokens} tokens has {encoded.numel()} bytes and must have {sum(sizes)}"
-            raise IncompatibleLayoutError(message)
-        if encoded.storage_offset() % _SCALE_BYTES or encoded.data_ptr() % _SCALE_BYTES:
-            encoded = encoded.clone()
-        key_scale, key_offset, value_scale, key_codes, value_codes = torch.split(encoded, sizes)
-        dtype: torch.dtype = getattr(torch, layout.dtype)
-        shape = (tokens, heads, channels)
-        value = reference.Quantised(
+        key_scale, key_offset, value_scale, key_codes, value_codes = split(encoded, sizes, self.name, tokens)
+        dtype, shape = dtype_of(layout), (tokens, heads, channels)
+        value = int8.Quantised(
             value_codes.view(torch.int8).view(shape), value_scale.view(torch.float32).view(tokens, heads, 1), None
         )
-        values = reference.dequantise_per_token(value, dtype=dtype)
-        if tokens < _SHORT_TOKENS:
-            key = reference.Quantised(
+        values = int8.dequantise_per_token(value, dtype=dtype)
+        if tokens < SHORT_TOKENS:
+            key = int8.Quantised(
                 key_codes.view(torch.int8).view(shape), key_scale.view(torch.float32).view(tokens, heads, 1), None
             )
-            return reference.dequantise_per_token(key, dtype=dtype), values
-        key = reference.Quantised(
+            return int8.dequantise_per_token(key, dtype=dtype), values
+        groups = (-1, heads, channels)
+        key = int8.Quantised(
             key_codes.view(shape),
-            key_scale.view(torch.float32).view(-1, heads, channels),
-            key_offset.view(torch.float32).view(-1, heads, channels),
+            key_scale.view(torch.float32).view(groups),
+            key_offset.view(torch.float32).view(groups),
         )
-        return reference.dequantise_per_channel(key, _group_tokens(tokens, config), dtype=dtype), values
-
-
-def _group_tokens(tokens: int, config: Int8Config) -> int:
-    """Size of equal groups (the last may be a little shorter), each of at least ``config.group_tokens`` if it can."""
-    groups = max(1, tokens // config.group_tokens)
-    return -(-tokens // groups)
+        return int8.dequantise_per_channel(key, group_tokens(tokens, config.group_tokens), dtype=dtype), values
 
 
 def _section_bytes(tokens: int, heads: int, channels: int, config: Int8Config) -> list[int]:
     """Bytes of key scales, key offsets, value scales, key codes, value codes."""
     codes = tokens * heads * channels
     per_token = tokens * heads * _SCALE_BYTES
-    if tokens < _SHORT_TOKENS:
+    if tokens < SHORT_TOKENS:
         return [per_token, 0, per_token, codes, codes]
-    groups = reference.token_groups(tokens, _group_tokens(tokens, config))
+    groups = int8.token_groups(tokens, group_tokens(tokens, config.group_tokens))
     per_channel = groups * heads * channels * _SCALE_BYTES
     return [per_channel, per_channel, per_token, codes, codes]
 

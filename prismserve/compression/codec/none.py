@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from prismserve.compression.base import Stage
+from prismserve.compression.codec._sections import join
 from prismserve.core.config import FrozenConfig
 from prismserve.core.errors import IncompatibleLayoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prismserve.core.types import KVLayout
 
 
@@ -19,11 +22,17 @@ class NoneConfig(FrozenConfig):
 
 
 class NoCodec:
-    """Raw bytes in the layout's dtype and the machine's byte order: keys [T, kv_heads, head_dim], then values."""
+    """Raw bytes in the machine's byte order: keys [T, kv_heads, head_dim] in the layout's dtype, then values.
+
+    Of a quantised layout, what lies in memory: rows of codes and scales, uint8 [T, kv_heads, row_bytes].
+    """
 
     name: ClassVar[str] = "none"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.CODEC
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
     lossy: ClassVar[bool] = False
     Config: ClassVar[type[FrozenConfig]] = NoneConfig
 
@@ -31,14 +40,23 @@ class NoCodec:
         """``tokens`` times the layout's bytes of one token in one layer."""
         return tokens * layout.token_layer_bytes
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor, config: FrozenConfig) -> torch.Tensor:  # noqa: ARG002
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, config: FrozenConfig) -> torch.Tensor:
         """Copy both tensors into one uint8 vector."""
-        return torch.cat([keys.reshape(-1), values.reshape(-1)]).view(torch.uint8)
+        return join(self.parts(keys, values, config))
+
+    def parts(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        config: FrozenConfig,  # noqa: ARG002 - no parameters
+    ) -> Sequence[torch.Tensor]:
+        """Both tensors as they are."""
+        return keys, values
 
     def decode(
         self, encoded: torch.Tensor, tokens: int, layout: KVLayout, config: FrozenConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split into keys and values, each [T, kv_heads, head_dim].
+        """Split into keys and values, each [T, kv_heads, head_dim]; rows of codes if the layout is quantised.
 
         They share memory with ``encoded`` where it is aligned to the dtype.
 
@@ -49,6 +67,9 @@ class NoCodec:
         if encoded.numel() != wanted:
             message = f"a payload of {tokens} tokens has {encoded.numel()} bytes and must have {wanted}"
             raise IncompatibleLayoutError(message)
+        if layout.quantised:
+            keys, values = encoded.view(2, tokens, layout.kv_heads, layout.row_bytes)
+            return keys, values
         if encoded.storage_offset() % layout.dtype_bytes or encoded.data_ptr() % layout.dtype_bytes:
             encoded = encoded.clone()
         dtype: torch.dtype = getattr(torch, layout.dtype)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from prismserve.kernels.paged_cache.layout import LayerKV
+from prismserve.kernels.paged_cache.reference import read_blocks
+
 # Rows of queries attended at once: bounds the mask that is written out.
 _TILE_ROWS = 256
 
@@ -44,7 +47,7 @@ def _mask(rows: MaskedRows, first: int, last: int, low: int, window: int, device
 
 
 def masked_attention(
-    q: torch.Tensor, layer: torch.Tensor, sequences: Sequence[MaskedRows], scale: float, window: int
+    q: torch.Tensor, layer: LayerKV, sequences: Sequence[MaskedRows], scale: float, window: int
 ) -> torch.Tensor:
     """Attention of every query row to what it may see of its own sequence's cache.
 
@@ -54,7 +57,7 @@ def masked_attention(
 
     Args:
         q: [T, H, d], after RoPE; H is a multiple of kv_heads.
-        layer: [groups, 2, block_tokens, kv_heads, d] with this step's keys and values written.
+        layer: one layer of the cache, plain or quantised, with this step's keys and values written.
         sequences: their rows cover T.
         scale: multiplies the scores.
         window: in cache slots; 0 for none.
@@ -63,11 +66,9 @@ def masked_attention(
         [T, H, d] in the dtype of ``q``.
     """
     out = torch.empty_like(q)
-    heads, width = layer.shape[3:]
     for rows in sequences:
         keys, values = (
-            layer[:, part].index_select(0, rows.blocks).view(1, -1, heads, width)[:, : rows.cached].transpose(1, 2)
-            for part in (0, 1)
+            side.flatten(0, 1)[None, : rows.cached].transpose(1, 2) for side in read_blocks(layer, rows.blocks, q.dtype)
         )
         queries = q[rows.start : rows.start + rows.queries].transpose(0, 1).unsqueeze(0)
         earlier = rows.cached - rows.queries

@@ -10,10 +10,10 @@ import msgpack
 
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.hashing import DIGEST_BYTES
-from prismserve.core.types import KVLayout, Role, WorkerInfo, WorkerState
+from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import EPOCH_MAX, EventKind, IndexEvent, check_worker_id
 
-RECORD_VERSION: Final = 1
+RECORD_VERSION: Final = 2
 RECORD_BYTES_MAX: Final = 64 * 1024
 EVENT_KEYS_MAX: Final = 16_384
 EVENT_BYTES_MAX: Final = RECORD_BYTES_MAX + 2 * EVENT_KEYS_MAX * DIGEST_BYTES
@@ -21,8 +21,8 @@ EVENT_BYTES_MAX: Final = RECORD_BYTES_MAX + 2 * EVENT_KEYS_MAX * DIGEST_BYTES
 _TEXT_MAX: Final = 1024
 _TRANSPORTS_MAX: Final = 32
 _INFO_FIELDS: Final = 12
-_LAYOUT_FIELDS: Final = 6
-_EVENT_FIELDS: Final = 7
+_LAYOUT_FIELDS: Final = 7
+_EVENT_FIELDS: Final = 8
 
 T = TypeVar("T")
 
@@ -43,7 +43,15 @@ def encode_worker(info: WorkerInfo) -> bytes:
         info.node,
         info.control_address,
         info.model_fingerprint,
-        [layout.dtype, layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens, layout.position_scheme],
+        [
+            layout.dtype,
+            layout.layers,
+            layout.kv_heads,
+            layout.head_dim,
+            layout.block_tokens,
+            layout.position_scheme,
+            layout.kv_format,
+        ],
         list(info.transports),
         info.endpoint,
         info.state.value,
@@ -85,6 +93,7 @@ def decode_worker(data: bytes) -> WorkerInfo:
             head_dim=_integer(layout[3], "head_dim"),
             block_tokens=_integer(layout[4], "block_tokens"),
             position_scheme=_text(layout[5], "position_scheme"),
+            kv_format=_text(layout[6], "kv_format"),
         ),
         transports=tuple(_text(name, "transports") for name in transports),
         endpoint=_binary(fields[10], "endpoint"),
@@ -106,6 +115,7 @@ def encode_event(event: IndexEvent) -> bytes:
         b"".join(event.added),
         b"".join(event.removed),
         info,
+        int(event.tier),
     ]
     data: bytes = msgpack.packb(fields, use_bin_type=True)
     return data
@@ -135,6 +145,7 @@ def decode_event(data: bytes) -> IndexEvent:
         added=_keys(fields[4], "added"),
         removed=_keys(fields[5], "removed"),
         info=info,
+        tier=_member(Tier, fields[7], "tier"),
     )
 
 

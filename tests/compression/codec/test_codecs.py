@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismserve.compression import loader
-from prismserve.compression.base import Stage
+from prismserve.compression.base import EncodesParts, Stage
 from prismserve.compression.codec.int8 import Int8Config
 from prismserve.core.errors import IncompatibleLayoutError
 from prismserve.core.types import KVLayout
@@ -60,19 +60,73 @@ def test_declarations_are_complete_and_the_name_is_the_file(name):
 @pytest.mark.parametrize("name", CODECS)
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(1, 300),
+    tokens=st.integers(0, 300),
     kv_heads=st.integers(1, 4),
-    head_dim=st.sampled_from([1, 3, 8, 64]),
+    head_dim=st.sampled_from([1, 3, 8, 64, 80, 128]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**16),
 )
 def test_any_shape_comes_back_in_shape_dtype_and_stated_size(name, tokens, kv_heads, head_dim, dtype, seed):
     layout = layout_of(dtype, kv_heads, head_dim)
     keys, values = random_kv(tokens, layout, seed)
+    if name == "int4" and head_dim % 2:
+        with pytest.raises(IncompatibleLayoutError, match="head_dim"):
+            round_trip(name, keys, values, layout)
+        return
     for before, after in zip((keys, values), round_trip(name, keys, values, layout), strict=True):
         assert after.shape == before.shape
         assert after.dtype == before.dtype
         assert after.isfinite().all()
+
+
+ERROR_BOUNDS = {
+    # name: (relative to the value, absolute relative to the range it was scaled by)
+    "none": (0.0, 0.0),
+    "fp8": (1 / 16, 1 / 448 / 1024),
+    "int8": (0.0, 1.02 / 2 / 127),
+    "int4": (0.0, 1.14 / 2 / 15),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "kv_heads", "head_dim"), [(1, 2, 64), (33, 1, 80), (196, 4, 128), (577, 2, 64)])
+def test_the_error_stays_within_what_the_codec_promises(name, dtype, tokens, kv_heads, head_dim):
+    layout = layout_of(dtype, kv_heads, head_dim)
+    keys, values = random_kv(tokens, layout)
+    relative, absolute = ERROR_BOUNDS[name]
+    per_channel = name.startswith("int") and tokens >= 32
+    for before, after, axis in zip(
+        (keys, values), round_trip(name, keys, values, layout), (0 if per_channel else -1, -1), strict=True
+    ):
+        x = before.float()
+        low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+        span = torch.maximum(high - low, torch.maximum(high.abs(), low.abs()))
+        bound = relative * x.abs() + absolute * span + 1.01 * rounding(x, before.dtype) * (name != "none")
+        assert ((after.float() - x).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_parts_of_an_encoding_are_its_bytes(name, tokens):
+    layout, codec = layout_of("bfloat16"), loader.codec(name)
+    keys, values = random_kv(tokens, layout)
+    assert isinstance(codec, EncodesParts)
+    parts = [part.reshape(-1).view(torch.uint8) for part in codec.parts(keys, values, codec.Config())]
+    assert torch.equal(torch.cat(parts), codec.encode(keys, values, codec.Config()))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.16), ("bfloat16", 0.29)])
+@pytest.mark.parametrize("tokens", [64, 196, 576, 1000])
+def test_int4_shrinks_kv_to_the_share_it_promises(dtype, most, tokens):
+    layout, codec = layout_of(dtype), loader.codec("int4")
+    assert codec.encoded_bytes(tokens, layout, codec.Config()) <= most * tokens * layout.token_layer_bytes
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_nothing_encodes_to_nothing(name):
+    layout, codec = layout_of(), loader.codec(name)
+    assert codec.encoded_bytes(0, layout, codec.Config()) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

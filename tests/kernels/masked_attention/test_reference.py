@@ -5,6 +5,7 @@ import torch
 
 from prismserve.kernels.masked_attention import MaskedRows, masked_attention
 from prismserve.kernels.paged_attention import paged_attention
+from prismserve.kernels.paged_cache import KVFormat, new_quantised_layer, read_blocks, write_kv
 
 BLOCK, HEADS, KV_HEADS, WIDTH = 4, 4, 2, 8
 
@@ -54,3 +55,16 @@ def test_without_window_and_images_it_is_causal_attention():
     rows = [MaskedRows(0, 600, 700, tables[0]), MaskedRows(600, 9, 9, tables[1])]
     expected = paged_attention(q, layer, [table.tolist() for table in tables], queries, lengths, WIDTH**-0.5)
     torch.testing.assert_close(masked_attention(q, layer, rows, WIDTH**-0.5, 0), expected)
+
+
+@pytest.mark.parametrize("kv_format", KVFormat)
+def test_a_quantised_cache_is_read_as_what_its_codes_stand_for(kv_format):
+    layer, (table,), generator = paged((22,))
+    codes = new_quantised_layer(kv_format, (layer.shape[0], BLOCK, KV_HEADS, WIDTH))
+    write_kv(codes, torch.arange(layer.shape[0] * BLOCK), *(layer[:, part].flatten(0, 1) for part in (0, 1)))
+    restored = torch.stack(read_blocks(codes, torch.arange(layer.shape[0])), dim=1)
+    q = torch.randn(9, HEADS, WIDTH, generator=generator)
+    rows = [MaskedRows(0, 9, 22, table, ((14, 20),))]
+    expected = masked_attention(q, restored, rows, WIDTH**-0.5, 6)
+    torch.testing.assert_close(masked_attention(q, codes, rows, WIDTH**-0.5, 6), expected)
+    assert not torch.equal(expected, masked_attention(q, layer, rows, WIDTH**-0.5, 6))

@@ -77,7 +77,7 @@ def test_a_peer_that_does_not_read_ends_the_write_at_its_deadline(link):
 def test_datagrams_longer_than_a_notification_or_without_credentials_of_this_user_are_dropped(transport, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
         stranger.connect(f"\0{transport.endpoint()['socket']}")
-        stranger.send(bytes(500))
+        stranger.send(bytes(5000))
         stranger.send(b"fine")
         assert transport.poll() == [b"fine"]
         stranger.send(b"foreign")

@@ -107,7 +107,7 @@ def test_a_family_either_reduces_tokens_or_refuses(ours):
     engine.submit(request, worker="local")
     (output,) = engine.step()
     assert output.finish_reason is FinishReason.ERROR
-    assert "cannot act on the tokens of this model" in output.error
+    assert "cannot act on the image tokens of this model" in output.error
 
 
 def test_a_method_that_looks_into_the_encoder_needs_one_that_lets_it(ours, family):
@@ -203,3 +203,16 @@ def test_an_image_longer_than_the_step_is_computed_in_one_piece_where_it_is_read
     whole = ours.run([request], max_step_tokens=512)
     for step_tokens in (2, 3, 5):
         assert ours.run([request], max_step_tokens=step_tokens) == whole
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8", "int8", "int4"])
+def test_windows_and_images_over_a_narrow_pool_do_not_depend_on_chunks(kv, tmp_path):
+    SPECIMENS["gemma3"].save(tmp_path, 0)
+    gemma = Ours(tmp_path)
+    whole = gemma.run(requests_of(gemma), kv_cache_dtype=kv)
+    assert gemma.run(requests_of(gemma), kv_cache_dtype=kv, max_step_tokens=7) == whole
+    first = next(iter(whole))
+    assert len(whole[first]) == TOKENS
+    exact = torch.stack(gemma.logits[first])
+    Ours.run(gemma, requests_of(gemma))
+    assert not torch.equal(torch.stack(gemma.logits[first][-TOKENS:]), exact[:TOKENS]), "the pool's rounding shows"
