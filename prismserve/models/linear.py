@@ -34,7 +34,7 @@ class Linear(nn.Module):
     @classmethod
     def empty(cls, inputs: int, outputs: int, *, bias: bool, device: torch.device, dtype: torch.dtype) -> Linear:
         """Allocated, not set."""
-        weight = torch.empty((outputs, inputs), device=device, dtype=dtype)
+        weight = kernels.allocate(outputs, inputs, device, dtype)
         return cls(weight, torch.empty(outputs, device=device, dtype=dtype) if bias else None)
 
     def forward(
@@ -65,7 +65,7 @@ def store_as(model: nn.Module, dtype: torch.dtype) -> None:
     """Allocate the weights of every :class:`Linear` of a model anew, not set, in another dtype."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.weight.data = torch.empty_like(module.weight, dtype=dtype)
+            module.weight.data = kernels.allocate(*module.weight.shape, module.weight.device, dtype)
 
 
 def pack(model: nn.Module) -> None:

@@ -27,6 +27,16 @@ def linear(
     return reference.linear(x, weight, bias, packed=packed, norm=norm, residual=residual, gated=gated)
 
 
+def allocate(columns: int, depth: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a weight [N, K], not set; in large pages where native kernels will read it."""
+    weight = torch.empty((columns, depth), device=device, dtype=dtype)
+    if use_native_on(device):
+        from prismserve.kernels.linear import native
+
+        native.advise(weight)
+    return weight
+
+
 def packable(weight: torch.Tensor) -> bool:
     """Whether products with the weight run natively once it is packed."""
     kinds = (torch.float32, torch.bfloat16)
@@ -50,4 +60,4 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, packed: bool, dtype: tor
     return torch.nn.functional.embedding(ids, plain).to(dtype)
 
 
-__all__ = ["Norm", "linear", "pack", "packable", "rows_of"]
+__all__ = ["Norm", "allocate", "linear", "pack", "packable", "rows_of"]

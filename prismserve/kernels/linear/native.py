@@ -79,6 +79,11 @@ def linear(
     return residual + out if gated and residual is not None else out
 
 
+def advise(memory: torch.Tensor) -> None:
+    """Ask the system for large pages under a tensor that was not written yet."""
+    call("advise", memory.data_ptr(), memory.nbytes)
+
+
 def repack(weight: torch.Tensor, *, pack: bool) -> None:
     """Pack a contiguous weight [N, K] in place, or undo it."""
     columns, depth = weight.shape

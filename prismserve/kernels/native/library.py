@@ -33,6 +33,7 @@ _FUNCTIONS: Final = {
     "linear": "pnnnpinppfpnpnii",
     "repack": "pinnii",
     "gather": "pinnpnp",
+    "advise": "pn",
     "rms_norm": "pnnnpfpni",
     "silu_mul": "pnnnpni",
     "rotary": "pnnnnppnppnfi",

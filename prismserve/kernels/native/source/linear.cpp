@@ -4,6 +4,9 @@
 // Every result is one chain of multiply-adds over k in order, so it depends on its own row alone: one row of x gives
 // the same bits as a thousand. Threads divide the panels; each lays out the rows of x for itself.
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 
@@ -15,6 +18,9 @@ namespace {
 
 constexpr int64_t A_BYTES = 400 << 10;  // of x laid out at a time: most of a second-level cache
 constexpr int64_t ROWS_MAX = 96;
+constexpr int64_t PIECE_PANELS = 4;  // panels that are read side by side for one row
+constexpr int64_t PIECES = 6;        // per thread
+constexpr int64_t DEPTH_STEP = 448;  // of a panel that several strips share
 constexpr int64_t NEAR_BYTES = 4096;  // how far ahead a panel is fetched that is used once
 
 struct Product {
@@ -114,25 +120,24 @@ class Worker {
   public:
     Worker(const Product& job, float* a, float* rest) : job(job), weight(static_cast<const T*>(job.weight)), a(a), rest(rest) {}
 
-    // Panels [from, to) of all rows of x; in a gated product, of the first half and their partners in the second.
-    void run(int64_t from, int64_t to) {
-        const int64_t block = std::clamp(A_BYTES / (4 * job.depth) / TILE_ROWS * TILE_ROWS, int64_t{24}, ROWS_MAX);
-        const int64_t whole = job.columns / PANEL;
-        const bool owns_rest = to * PANEL > job.columns;
-        if (owns_rest) lay_out_rest(weight + whole * PANEL * job.depth, job.columns - whole * PANEL, job.depth, rest);
-        for (int64_t first = 0; first < job.rows; first += block) {
-            const Strips strips(std::min(block, job.rows - first));
-            lay_out(job, first, strips, a);
-            if (job.gated) {
-                for (int64_t panel = from; panel < to; ++panel) gated_panel(first, strips, panel);
-                continue;
-            }
-            int64_t panel = from;
-            const int64_t last = std::min(to, whole);
-            if (strips.rows == 1) panel = several<1, 4>(first, panel, last);
-            if (strips.rows == 2) panel = several<2, 2>(first, panel, last);
-            for (; panel < last; ++panel) one_panel(first, strips, panel);
-            if (owns_rest) rest_panel(first, strips, whole);
+    // Panels [from, to) of rows [first, first + rows) of x; in a gated product, of the first half and their partners
+    // in the second. The rows are laid out unless they were those of the call before.
+    void run(int64_t first, int64_t rows, int64_t from, int64_t to) {
+        const Strips strips(rows);
+        if (first != laid) lay_out(job, first, strips, a);
+        laid = first;
+        if (job.gated) {
+            for (int64_t panel = from; panel < to; ++panel) gated_panel(first, strips, panel);
+            return;
+        }
+        const int64_t whole = job.columns / PANEL, last = std::min(to, whole);
+        int64_t panel = from;
+        if (rows == 1) panel = several<1, 4>(first, panel, last);
+        if (rows == 2) panel = several<2, 2>(first, panel, last);
+        for (; panel < last; ++panel) one_panel(first, strips, panel);
+        if (to > whole) {
+            lay_out_rest(at(whole), job.columns - whole * PANEL, job.depth, rest);
+            rest_panel(first, strips, whole);
         }
     }
 
@@ -156,73 +161,91 @@ class Worker {
         return panel;
     }
 
-    template <int ROWS, typename U>
-    void tile(const U* panel, const float* strip, bool fetch, int64_t distance, Floats (&acc)[ROWS][2]) {
-        if (fetch)
-            multiply<ROWS, 1, true>(strip, 1, ROWS, panel, 0, PANEL, job.depth, distance, acc);
-        else
-            multiply<ROWS, 1, false>(strip, 1, ROWS, panel, 0, PANEL, job.depth, 0, acc);
+    // sums [rows][16]: all rows that are laid out times one panel. Where several strips share it, a piece of the panel
+    // stays in the first-level cache while they pass; the chain over k is the same.
+    template <typename U>
+    void product(const U* panel, const Strips& strips, bool fetch, float* sums) {
+        const int64_t step = strips.count == 1 ? job.depth : DEPTH_STEP;
+        for (int64_t from = 0; from < job.depth; from += step)
+            for (int64_t strip = 0; strip < strips.count; ++strip) {
+                const int64_t start = strips.first(strip);
+                with_rows(static_cast<int>(strips.first(strip + 1) - start), [&](auto rows) {
+                    constexpr int ROWS = decltype(rows)::value;
+                    const int64_t depth = std::min(step, job.depth - from);
+                    const float* part = a + start * job.depth + from * ROWS;
+                    float* line = sums + start * PANEL;
+                    Floats acc[ROWS][2] = {};
+                    if (from > 0)
+                        for (int r = 0; r < ROWS; ++r) {
+                            acc[r][0] = load(line + r * PANEL);
+                            acc[r][1] = load(line + r * PANEL + LANES);
+                        }
+                    if (fetch && strip == 0)
+                        multiply<ROWS, 1, true>(part, 1, ROWS, panel + from * PANEL, 0, PANEL, depth, ahead(strips), acc);
+                    else
+                        multiply<ROWS, 1, false>(part, 1, ROWS, panel + from * PANEL, 0, PANEL, depth, 0, acc);
+                    for (int r = 0; r < ROWS; ++r) {
+                        store(line + r * PANEL, acc[r][0]);
+                        store(line + r * PANEL + LANES, acc[r][1]);
+                    }
+                });
+            }
     }
 
     void one_panel(int64_t first, const Strips& strips, int64_t panel) {
-        each_strip(strips, [&](auto rows, int64_t start) {
-            constexpr int ROWS = decltype(rows)::value;
-            Floats acc[ROWS][2] = {};
-            tile<ROWS>(at(panel), a + start * job.depth, start == 0, ahead(strips), acc);
-            for (int r = 0; r < ROWS; ++r)
-                finish(job, first + start + r, panel * PANEL, PANEL, acc[r][0], acc[r][1]);
-        });
+        float sums[ROWS_MAX * PANEL];
+        product(at(panel), strips, true, sums);
+        for (int64_t r = 0; r < strips.rows; ++r)
+            finish(job, first + r, panel * PANEL, PANEL, load(sums + r * PANEL), load(sums + r * PANEL + LANES));
     }
 
     void rest_panel(int64_t first, const Strips& strips, int64_t panel) {
-        each_strip(strips, [&](auto rows, int64_t start) {
-            constexpr int ROWS = decltype(rows)::value;
-            Floats acc[ROWS][2] = {};
-            tile<ROWS>(rest, a + start * job.depth, false, 0, acc);
-            for (int r = 0; r < ROWS; ++r)
-                finish(job, first + start + r, panel * PANEL, job.columns - panel * PANEL, acc[r][0], acc[r][1]);
-        });
+        float sums[ROWS_MAX * PANEL];
+        const int64_t width = job.columns - panel * PANEL;
+        product(rest, strips, false, sums);
+        for (int64_t r = 0; r < strips.rows; ++r)
+            finish(job, first + r, panel * PANEL, width, load(sums + r * PANEL), load(sums + r * PANEL + LANES));
     }
 
     void gated_panel(int64_t first, const Strips& strips, int64_t panel) {
-        const int64_t partner = panel + job.columns / 2 / PANEL;
-        each_strip(strips, [&](auto rows, int64_t start) {
-            constexpr int ROWS = decltype(rows)::value;
-            Floats gate[ROWS][2] = {}, up[ROWS][2] = {};
-            tile<ROWS>(at(panel), a + start * job.depth, start == 0, ahead(strips), gate);
-            tile<ROWS>(at(partner), a + start * job.depth, start == 0, ahead(strips), up);
-            for (int r = 0; r < ROWS; ++r) finish_gated(job, first + start + r, panel * PANEL, gate[r], up[r]);
-        });
-    }
-
-    template <typename Visit>
-    void each_strip(const Strips& strips, Visit visit) {
-        for (int64_t strip = 0; strip < strips.count; ++strip) {
-            const int64_t start = strips.first(strip);
-            with_rows(static_cast<int>(strips.first(strip + 1) - start), [&](auto rows) { visit(rows, start); });
+        float gate[ROWS_MAX * PANEL], up[ROWS_MAX * PANEL];
+        product(at(panel), strips, true, gate);
+        product(at(panel + job.columns / 2 / PANEL), strips, true, up);
+        for (int64_t r = 0; r < strips.rows; ++r) {
+            const Floats g[2] = {load(gate + r * PANEL), load(gate + r * PANEL + LANES)};
+            const Floats u[2] = {load(up + r * PANEL), load(up + r * PANEL + LANES)};
+            finish_gated(job, first + r, panel * PANEL, g, u);
         }
     }
 
     const Product& job;
     const T* weight;
     float *a, *rest;
+    int64_t laid = -1;  // first of the rows that are laid out
 };
 
+// Threads take pieces of the panels as they get done, so that one that lost its core for a while holds nobody up.
 template <typename T>
 int run(const Product& job, int threads) {
-    int failed = 0;
     const int64_t panels = job.gated ? job.columns / 2 / PANEL : (job.columns + PANEL - 1) / PANEL;
-    const int64_t held = std::min(job.rows, std::max(ROWS_MAX, int64_t{24}));
+    const int64_t block = std::clamp(A_BYTES / (4 * job.depth) / TILE_ROWS * TILE_ROWS, int64_t{24}, ROWS_MAX);
+    const int64_t blocks = (job.rows + block - 1) / block;
+    const int64_t piece = std::max<int64_t>(PIECE_PANELS, panels / (PIECES * threads) / PIECE_PANELS * PIECE_PANELS);
+    const int64_t pieces = (panels + piece - 1) / piece;
+    int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const int64_t count = omp_get_num_threads(), index = omp_get_thread_num();
-        float* memory = scratch().floats((held + PANEL) * job.depth);
-        const int64_t from = panels * index / count, to = panels * (index + 1) / count;
+        float* memory = scratch().floats((std::min(job.rows, block) + PANEL) * job.depth);
         if (memory == nullptr) {
 #pragma omp atomic write
             failed = 1;
-        } else if (from < to) {
-            Worker<T>(job, memory + PANEL * job.depth, memory).run(from, to);
+        }
+        Worker<T> worker(job, memory + PANEL * job.depth, memory);
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < blocks * pieces; ++unit) {
+            if (memory == nullptr) continue;
+            const int64_t first = unit / pieces * block, from = unit % pieces * piece;
+            worker.run(first, std::min(block, job.rows - first), from, std::min(from + piece, panels));
         }
     }
     return failed;
@@ -295,6 +318,19 @@ int ps_repack(void* weight, int element, int64_t columns, int64_t depth, int pac
     float* values = static_cast<float*>(weight);
     return pack ? repack<float, true>(values, columns, depth, threads)
                 : repack<float, false>(values, columns, depth, threads);
+}
+
+// Ask for large pages under memory that was not touched yet: weights are read through from end to end for every token.
+int ps_advise(void* memory, int64_t nbytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = 2 << 20;
+    const uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(nbytes)) / page * page;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a hint: failing costs nothing
+#else
+    (void)memory, (void)nbytes;
+#endif
+    return 0;
 }
 
 int ps_gather(const void* weight, int element, int64_t columns, int64_t depth, const int64_t* rows, int64_t count,
