@@ -15,6 +15,8 @@ class EngineConfig(FrozenConfig):
     """Sizes and bounds of one engine.
 
     Attributes:
+        native_kernels: whether a worker on a CPU uses kernels compiled on its machine, where a C++ compiler is at hand;
+            read before the model is loaded.
         block_tokens: tokens per KV block.
         kv_cache_bytes: memory of the KV pool; None sizes it from free memory and what ``max_running`` can use.
         kv_cache_dtype: how keys and values are kept: in the type of the weights (``auto``), in ``bf16``, or as ``fp8``
@@ -44,6 +46,7 @@ class EngineConfig(FrozenConfig):
         constraint_cache_entries: compiled constraints that are remembered.
     """
 
+    native_kernels: bool = True
     block_tokens: int = Field(default=16, ge=1, le=1024)
     kv_cache_bytes: PositiveInt | None = None
     kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8", "int4"] = "auto"

@@ -164,9 +164,7 @@ class DecoderLayer(nn.Module):
         for prefix, parts, linear in fused:
             for name, (start, length) in parts.items():
                 targets[f"{prefix}.{name}.weight"] = linear.weight.narrow(0, start, length)
-                targets[f"{prefix}.{name}.bias"] = (
-                    None if linear.bias is None else linear.bias.narrow(0, start, length)
-                )
+                targets[f"{prefix}.{name}.bias"] = None if linear.bias is None else linear.bias.narrow(0, start, length)
         return {name: target for name, target in targets.items() if target is not None}
 
 
@@ -205,7 +203,7 @@ class Decoder(nn.Module):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [T] int64 to [T, D]."""
-        embedded = self.embedding.rows(ids, self.dtype)
+        embedded: torch.Tensor = self.embedding.rows(ids, self.dtype)
         if self.config.embedding_scale == 1.0:
             return embedded
         # Rounded to the dtype first, as these models were trained.
@@ -235,7 +233,7 @@ class Decoder(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head over the rows given: [T, D] to [T, V] float32."""
         if self.config.unit_norms:
-            logits = self.head(decoder_norm(x, self.norm, self.config)).float()
+            logits: torch.Tensor = self.head(decoder_norm(x, self.norm, self.config)).float()
         else:
             logits = self.head(x, Norm(self.norm, self.config.norm_eps)).float()
         cap = self.config.logit_softcap

@@ -31,6 +31,16 @@ class Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packed = False
 
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.weight.shape[1]
+
     @classmethod
     def empty(cls, inputs: int, outputs: int, *, bias: bool, device: torch.device, dtype: torch.dtype) -> Linear:
         """Allocated, not set."""
@@ -46,9 +56,7 @@ class Linear(nn.Module):
         gated: bool = False,
     ) -> torch.Tensor:
         """See :func:`prismserve.kernels.linear.reference.linear`."""
-        return kernels.linear(
-            x, self.weight, self.bias, packed=self.packed, norm=norm, residual=residual, gated=gated
-        )
+        return kernels.linear(x, self.weight, self.bias, packed=self.packed, norm=norm, residual=residual, gated=gated)
 
     def pack(self) -> None:
         """Rearrange the weight in place, once, if native kernels are to use it."""
@@ -65,7 +73,7 @@ def store_as(model: nn.Module, dtype: torch.dtype) -> None:
     """Allocate the weights of every :class:`Linear` of a model anew, not set, in another dtype."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.weight.data = kernels.allocate(*module.weight.shape, module.weight.device, dtype)
+            module.weight.data = kernels.allocate(module.outputs, module.inputs, module.weight.device, dtype)
 
 
 def pack(model: nn.Module) -> None:
@@ -80,4 +88,5 @@ def take_over(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, Linear(child.weight.data, None if child.bias is None else child.bias.data))
+                bias: nn.Parameter | None = child.bias
+                setattr(module, name, Linear(child.weight.data, None if bias is None else bias.data))

@@ -23,6 +23,7 @@ from prismserve.core.errors import (
 from prismserve.core.types import Tier, TokenOutput, WorkerInfo, WorkerState, WorkerStats
 from prismserve.engine.engine import Engine
 from prismserve.engine.loop import EngineLoop
+from prismserve.kernels.dispatch import set_native
 from prismserve.kv_transfer.arena import Arena
 from prismserve.kv_transfer.hub import TransportHub
 from prismserve.kv_transfer.index.config import IndexConfig
@@ -113,6 +114,7 @@ class WorkerRuntime:
         config = self.config
         self._loop = asyncio.get_running_loop()
         torch.set_num_threads(config.threads)
+        set_native(on=config.engine.native_kernels)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.engine.image_cache.on_change = self._on_image
         self.tiering = await asyncio.to_thread(Tiering, self, config.tiers, self._on_tier)

@@ -127,7 +127,10 @@ class Worker {
         if (first != laid) lay_out(job, first, strips, a);
         laid = first;
         if (job.gated) {
-            for (int64_t panel = from; panel < to; ++panel) gated_panel(first, strips, panel);
+            int64_t panel = from;
+            if (rows == 1) panel = several_gated<1, 4>(first, panel, to);
+            if (rows == 2) panel = several_gated<2, 2>(first, panel, to);
+            for (; panel < to; ++panel) gated_panel(first, strips, panel);
             return;
         }
         const int64_t whole = job.columns / PANEL, last = std::min(to, whole);
@@ -149,14 +152,33 @@ class Worker {
         return strips.count == 1 ? NEAR_BYTES : job.depth * PANEL * static_cast<int64_t>(sizeof(T));
     }
 
+    // Few rows leave room for several panels side by side, which memory delivers faster than one after another.
+    template <int ROWS, int PANELS>
+    void side_by_side(int64_t panel, Floats (&acc)[ROWS][2 * PANELS]) {
+        multiply<ROWS, PANELS, true>(a, 1, ROWS, at(panel), PANEL * job.depth, PANEL, job.depth, NEAR_BYTES / 4, acc);
+    }
+
     template <int ROWS, int PANELS>
     int64_t several(int64_t first, int64_t panel, int64_t last) {
         for (; panel + PANELS <= last; panel += PANELS) {
             Floats acc[ROWS][2 * PANELS] = {};
-            multiply<ROWS, PANELS, true>(a, 1, ROWS, at(panel), PANEL * job.depth, PANEL, job.depth, NEAR_BYTES / 4, acc);
+            side_by_side<ROWS, PANELS>(panel, acc);
             for (int r = 0; r < ROWS; ++r)
                 for (int p = 0; p < PANELS; ++p)
                     finish(job, first + r, (panel + p) * PANEL, PANEL, acc[r][2 * p], acc[r][2 * p + 1]);
+        }
+        return panel;
+    }
+
+    template <int ROWS, int PANELS>
+    int64_t several_gated(int64_t first, int64_t panel, int64_t last) {
+        for (; panel + PANELS <= last; panel += PANELS) {
+            Floats gate[ROWS][2 * PANELS] = {}, up[ROWS][2 * PANELS] = {};
+            side_by_side<ROWS, PANELS>(panel, gate);
+            side_by_side<ROWS, PANELS>(panel + job.columns / 2 / PANEL, up);
+            for (int r = 0; r < ROWS; ++r)
+                for (int p = 0; p < PANELS; ++p)
+                    finish_gated(job, first + r, (panel + p) * PANEL, gate[r] + 2 * p, up[r] + 2 * p);
         }
         return panel;
     }
