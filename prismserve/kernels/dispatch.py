@@ -14,6 +14,8 @@ from importlib.util import find_spec
 
 import torch
 
+from prismserve.kernels.native.library import available
+
 
 @dataclass(slots=True)
 class _Choice:
@@ -44,8 +46,6 @@ def use_native_on(device: torch.device) -> bool:
     """Whether ops on float32 tensors of this device run as native kernels, where an op has one."""
     if device.type != "cpu" or not _choice.native or _choice.interpreted:
         return False
-    from prismserve.kernels.native.library import available
-
     return available()
 
 

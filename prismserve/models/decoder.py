@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
         """Queries [T, H, d] and keys [T, kv_heads, d] after RoPE, and values [T, kv_heads, d], of what enters [T, D]."""
         config = self.config
         rotated = config.heads + config.kv_heads
-        qkv = self.qkv(*self._entering(x, self.input_norm)).view(x.shape[0], -1, config.head_dim)
+        qkv = self.qkv.forward(*self._entering(x, self.input_norm)).view(x.shape[0], -1, config.head_dim)
         q, k = self._rotated(qkv[:, :rotated], rotary[self.rotary_kind])
         return q, k, qkv[:, rotated:]
 
@@ -101,9 +101,9 @@ class DecoderLayer(nn.Module):
         q, k, v = self.project(x, rotary)
         attended = attention.attend(index, q, k, v).reshape(tokens, -1)
         if self.attended_norm is None:
-            x = self.output(attended, residual=x)
+            x = self.output.forward(attended, residual=x)
         else:
-            x = x + self._norm(self.output(attended), self.attended_norm)
+            x = x + self._norm(self.output.forward(attended), self.attended_norm)
         if self.mlp_out_norm is None:
             return self._mlp(x, residual=x)
         return x + self._norm(self._mlp(x, residual=None), self.mlp_out_norm)
@@ -128,11 +128,11 @@ class DecoderLayer(nn.Module):
             return mixed if residual is None else residual + mixed
         entering = self._entering(x, self.mlp_norm)
         if self.config.activation == "silu":
-            gated = self.gate_up(*entering, gated=True)
+            gated = self.gate_up.forward(*entering, gated=True)
         else:
-            gate, up = self.gate_up(*entering).chunk(2, dim=-1)
+            gate, up = self.gate_up.forward(*entering).chunk(2, dim=-1)
             gated = functional.gelu(gate, approximate="tanh") * up
-        out: torch.Tensor = self.down(gated, residual=residual)
+        out: torch.Tensor = self.down.forward(gated, residual=residual)
         return out
 
     def weight_targets(self) -> dict[str, torch.Tensor]:

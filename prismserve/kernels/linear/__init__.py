@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prismserve.kernels.dispatch import use_native_on
-from prismserve.kernels.linear import reference
+from prismserve.kernels.linear import native, reference
 from prismserve.kernels.linear.reference import Norm
 
 
@@ -21,8 +21,6 @@ def linear(
 ) -> torch.Tensor:
     """[..., K] to [..., N]; see :func:`reference.linear`."""
     if packed and use_native_on(x.device):
-        from prismserve.kernels.linear import native
-
         return native.linear(x, weight, bias, norm=norm, residual=residual, gated=gated)
     return reference.linear(x, weight, bias, packed=packed, norm=norm, residual=residual, gated=gated)
 
@@ -31,8 +29,6 @@ def allocate(columns: int, depth: int, device: torch.device, dtype: torch.dtype)
     """Memory for a weight [N, K], not set; in large pages where native kernels will read it."""
     weight = torch.empty((columns, depth), device=device, dtype=dtype)
     if use_native_on(device):
-        from prismserve.kernels.linear import native
-
         native.advise(weight)
     return weight
 
@@ -45,16 +41,12 @@ def packable(weight: torch.Tensor) -> bool:
 
 def pack(weight: torch.Tensor) -> None:
     """Rearrange a :func:`packable` weight [N, K] in place; it must from then on be given as ``packed``."""
-    from prismserve.kernels.linear import native
-
     native.repack(weight, pack=True)
 
 
 def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, packed: bool, dtype: torch.dtype) -> torch.Tensor:
     """[T, K] of ``dtype``: rows of a weight [N, K], packed or not, by their numbers [T] int64."""
     if packed and use_native_on(weight.device):
-        from prismserve.kernels.linear import native
-
         return native.gather(weight, ids).to(dtype)
     plain = reference.unpack(weight) if packed else weight
     return torch.nn.functional.embedding(ids, plain).to(dtype)

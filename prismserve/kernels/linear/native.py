@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prismserve.kernels.native.library import ELEMENTS, call
+from prismserve.kernels.silu_mul import silu_mul
 
 if TYPE_CHECKING:
     from prismserve.kernels.linear.reference import Norm
@@ -44,8 +45,6 @@ def linear(
     """As the reference, for packed weights."""
     columns, depth = weight.shape
     if gated and columns // 2 % _PANEL:
-        from prismserve.kernels.silu_mul import silu_mul
-
         out = silu_mul(linear(x, weight, bias, norm=norm, residual=None, gated=False))
         return out if residual is None else residual + out
     rows, bias = _rows(x), _vector(bias)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from prismserve.kernels.paged_attention import reference
+from prismserve.kernels.paged_attention import native, reference
 from prismserve.kernels.paged_attention.plan import PagedBatch, plan_batch
 from prismserve.kernels.paged_cache import LayerKV, write_kv
 from prismserve.kernels.paged_cache.layout import storage
@@ -24,8 +24,6 @@ def attend(q: torch.Tensor, layer: LayerKV, batch: PagedBatch, scale: float) -> 
 
         return triton.attend(q, layer, batch, scale)
     if batch.native is not None:
-        from prismserve.kernels.paged_attention import native
-
         return native.attend(q, layer, batch.native, scale)
     return reference.attend(q, layer, batch, scale)
 
@@ -39,8 +37,6 @@ def attend_with_lse(
 
         return triton.attend_with_lse(q, layer, batch, scale)
     if batch.native is not None:
-        from prismserve.kernels.paged_attention import native
-
         return native.attend_with_lse(q, layer, batch.native, scale)
     return reference.attend_with_lse(q, layer, batch, scale)
 

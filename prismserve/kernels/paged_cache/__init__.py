@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prismserve.kernels.dispatch import use_native, use_triton
-from prismserve.kernels.paged_cache import reference
+from prismserve.kernels.paged_cache import native, reference
 from prismserve.kernels.paged_cache.layout import KVFormat, LayerKV, QuantisedLayer, new_quantised_layer
 from prismserve.kernels.paged_cache.reference import read_blocks
 
@@ -18,8 +18,6 @@ def write_kv(layer: LayerKV, slots: torch.Tensor, keys: torch.Tensor, values: to
         triton.write_kv(layer, slots, keys, values)
         return
     if use_native(keys) and isinstance(layer, torch.Tensor):
-        from prismserve.kernels.paged_cache import native
-
         if native.writable(layer):
             native.write_kv(layer, slots, keys, values)
             return

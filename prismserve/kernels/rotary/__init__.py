@@ -6,7 +6,7 @@ import torch
 
 from prismserve.kernels.dispatch import use_native, use_triton
 from prismserve.kernels.rms_norm import rms_norm
-from prismserve.kernels.rotary import reference
+from prismserve.kernels.rotary import native, reference
 from prismserve.kernels.rotary.reference import rotary_angles
 
 
@@ -32,8 +32,6 @@ def rotate_heads(
         gains: of the query heads [d] and of the others [d], how many heads are queries, and the norm's eps.
     """
     if use_native(x) and x.stride(1) == x.shape[2] and x.stride(2) == 1:
-        from prismserve.kernels.rotary import native
-
         return native.rotate_heads(x, angles, gains)
     if gains is not None:
         q_gain, k_gain, queries, eps = gains

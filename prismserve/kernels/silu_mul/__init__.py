@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prismserve.kernels.dispatch import use_native, use_triton
-from prismserve.kernels.silu_mul import reference
+from prismserve.kernels.silu_mul import native, reference
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -15,8 +15,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
         return triton.silu_mul(gate_up)
     if use_native(gate_up):
-        from prismserve.kernels.silu_mul import native
-
         return native.silu_mul(gate_up)
     return reference.silu_mul(gate_up)
 
