@@ -99,6 +99,17 @@ def test_any_grid_is_taken(name, grid, make_features):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("frames", "grid", "keep"), [(2, (3, 4), 1), (5, (2, 2), 7), (4, (1, 3), 11)])
+def test_the_frames_of_a_video_share_one_budget(name, frames, grid, keep, make_features):
+    count = frames * grid[0] * grid[1]
+    spec = spec_of(name, **({} if name == "none" else {"keep": keep}))
+    tokens, indices = apply_visual(make_features(count, grid=grid, frames=frames), spec)
+    assert len(tokens) == len(indices) == loader.kept_tokens(spec, count)
+    assert (indices.diff() > 0).all()
+    assert indices[-1] < count
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_features_without_direction_are_survived(name, make_features):
     features = make_features(30)
     zeros = {

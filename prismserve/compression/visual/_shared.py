@@ -98,11 +98,11 @@ def ascending(indices: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def squared_distances(rows: int, columns: int) -> torch.Tensor:
-    """[N, N] float32, squared distance of every two patches of a grid, in patches; on the CPU, not to be changed."""
-    count = rows * columns
-    index = torch.arange(count)
-    places = torch.stack((index // columns, index % columns), 1).float()
+def squared_distances(rows: int, columns: int, frames: int = 1) -> torch.Tensor:
+    """[N, N] float32, squared distance of every two tokens, in patches and frames; on the CPU, not to be changed."""
+    index = torch.arange(frames * rows * columns)
+    within = index % (rows * columns)
+    places = torch.stack((index // (rows * columns), within // columns, within % columns), 1).float()
     return (places[:, None] - places[None, :]).square().sum(-1)
 
 
