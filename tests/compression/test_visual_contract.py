@@ -43,8 +43,8 @@ def test_declarations_are_complete_and_the_name_is_the_file(name):
 
 
 @pytest.mark.parametrize("name", REDUCING)
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 60, 196])
-@pytest.mark.parametrize("keep", [1, 2, 5, 24, 1000, 0.01, 0.125, 0.5, 0.99])
+@pytest.mark.parametrize("count", [1, 2, 7, 60])
+@pytest.mark.parametrize("keep", [1, 5, 1000, 0.01, 0.125, 0.99])
 def test_the_budget_is_exact_and_known_before_encoding(name, count, keep, make_features):
     spec = spec_of(name, keep=keep)
     wanted = max(1, min(count, keep if isinstance(keep, int) else round(keep * count)))

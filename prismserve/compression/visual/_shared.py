@@ -83,8 +83,12 @@ def projected(features: VisualFeatures) -> torch.Tensor:
 
 def cosine_kernel(rows: torch.Tensor) -> torch.Tensor:
     """[N, N] float32, cosine similarity of every two rows of [N, C]; rows without direction are similar to none."""
-    unit = functional.normalize(rows.float(), dim=-1)
-    return unit @ unit.T
+    rows = rows.float()
+    unit = functional.normalize(rows, dim=-1)
+    kernel = unit @ unit.T
+    # Exactly 1, so that rounding does not decide between tokens that are equally good.
+    kernel.diagonal().copy_((rows != 0).any(dim=1))
+    return kernel
 
 
 def ranked(score: torch.Tensor) -> torch.Tensor:
