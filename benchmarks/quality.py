@@ -14,20 +14,19 @@ import argparse
 import dataclasses
 import hashlib
 import io
-import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
-from benchmarks.demo_accuracy import SEED_FIRST, Question, Score, draw_questions
-from benchmarks.tables import markdown_table
+from benchmarks.demo_accuracy import SEED_FIRST, VISUAL_TOKENS, Question, Score, draw_questions
+from benchmarks.quality_report import INSIDE, Row, one_line, write
 from prismserve.compression import loader
 from prismserve.compression.apply import apply_visual
 from prismserve.compression.base import Need, Share, VisualFeatures
@@ -52,9 +51,7 @@ from prismserve.models.reference import reference_path
 from prismserve.models.reference.scenes import FAMILIES, Scene
 
 KEEPS: Final = (98, 49, 24, 12)
-VISUAL_TOKENS: Final = 196
 ORACLE: Final = "oracle"
-_PREFILL: Final = "prefill/"
 _ANSWER_TOKENS_MAX: Final = 48
 _TTFT_PICTURES: Final = 9
 _NEEDS: Final = frozenset({"cls_attention", "encoder_keys"})
@@ -73,36 +70,6 @@ class Picture:
     media: MediaInput
     features: VisualFeatures
     foreground: torch.Tensor
-
-
-@dataclass(slots=True)
-class Row:
-    """The results of one method at one budget.
-
-    Attributes:
-        method: name, ``off``, or ``prefill/<name>``.
-        keep: visual tokens asked for.
-        share: the method's share code.
-        families: score by question family.
-        cost_ms: median time of choosing and merging for one picture, in milliseconds, with the projection and the
-            encoder's keys and attention where the method needs them; 0 for methods inside the decoder.
-        ttft_ms: median time to the first token of a picture not seen before, alone in the engine.
-        kv_bytes: of the prompt, mean over the questions.
-    """
-
-    method: str
-    keep: int
-    share: str
-    families: dict[str, Score] = field(default_factory=dict)
-    cost_ms: float = 0.0
-    ttft_ms: float = 0.0
-    kv_bytes: float = 0.0
-
-    @property
-    def total(self) -> Score:
-        """All questions together."""
-        scores = self.families.values()
-        return Score(sum(score.right for score in scores), sum(score.asked for score in scores))
 
 
 class Bench:
@@ -201,9 +168,9 @@ class Bench:
     def measure(self, method: str, keep: int) -> Row:
         """Ask every question."""
         spec, plan, share = _plan(method, keep)
-        kept = VISUAL_TOKENS if method.startswith(_PREFILL) else keep
+        kept = VISUAL_TOKENS if method.startswith(INSIDE) else keep
         row = Row(method, keep, share)
-        asks = share == Share.QUERY and not method.startswith(_PREFILL)
+        asks = share == Share.QUERY and not method.startswith(INSIDE)
         engine, costs, seen = self.engine(), [], set()
         first: list[Request] = []
         others: list[Request] = []
@@ -228,7 +195,7 @@ class Bench:
             asked[question.family] += 1
             right[question.family] += self.processor.decode(answers[str(index)]).strip() == question.answer
         row.families = {name: Score(right[name], asked[name]) for name in FAMILIES}
-        row.cost_ms = 0.0 if method.startswith(_PREFILL) else statistics.median(costs)
+        row.cost_ms = 0.0 if method.startswith(INSIDE) else statistics.median(costs)
         row.kv_bytes = statistics.fmean(self._kv_bytes(engine, plan, one) for one in (*first, *others))
         row.ttft_ms = self._ttft_ms(method, spec, plan, kept)
         return row
@@ -270,8 +237,8 @@ def _plan(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, s
     if method in {"off", ORACLE}:
         spec = none if method == "off" else None
         return spec, CompressionPlan(visual=none), str(Share.AGNOSTIC) if method == "off" else "labels"
-    if method.startswith(_PREFILL):
-        inside = loader.prefill_method(method.removeprefix(_PREFILL))
+    if method.startswith(INSIDE):
+        inside = loader.prefill_method(method.removeprefix(INSIDE))
         prefill = loader.normalise(inside, {"keep": keep}, "compression.prefill")
         return none, CompressionPlan(visual=none, prefill=prefill), str(inside.share)
     chosen = loader.visual_method(method)
@@ -297,7 +264,7 @@ def methods() -> tuple[str, ...]:
     visual = [name for name in loader.names("visual") if name != "none"]
     controls = [name for name in visual if loader.visual_method(name).section == "control"]
     inside = [
-        _PREFILL + name
+        INSIDE + name
         for name in loader.names("prefill")
         # Those without a budget of their own cannot be put beside the others.
         if "keep" in loader.prefill_method(name).Config.model_fields
@@ -311,108 +278,6 @@ def cells(chosen: Sequence[str], keeps: Sequence[int]) -> Iterator[tuple[str, in
     for keep in keeps:
         for method in chosen:
             yield method, keep
-
-
-def markdown(rows: Sequence[Row], conditions: str, encode_ms: float) -> str:
-    """The results as a page."""
-    header = ["kept", "method", "share", *FAMILIES, "all", "95 %", "ms", "of encoder", "TTFT ms", "KV KiB"]
-    body = []
-    for row in rows:
-        low, high = row.total.interval
-        body.append(
-            [
-                str(row.keep),
-                row.method,
-                row.share,
-                *(f"{100 * row.families[name].share:.1f}" for name in FAMILIES),
-                f"**{100 * row.total.share:.1f}**",
-                f"{100 * low:.1f} to {100 * high:.1f}",
-                f"{row.cost_ms:.2f}",
-                f"{100 * row.cost_ms / encode_ms:.0f} %",
-                f"{row.ttft_ms:.1f}",
-                f"{row.kv_bytes / 1024:.0f}",
-            ]
-        )
-    lines = [
-        "# Quality and cost by method and budget",
-        "",
-        conditions,
-        "",
-        "Exact match in percent, by family of questions; the interval is Wilson's for all questions together. *ms* is what",
-        f"a method adds for one picture, *of encoder* that as a share of the {encode_ms:.1f} ms the encoder takes without",
-        "it. Budgets are tokens of 196; of a method inside the decoder (`prefill/`), what is left after its last cut. TTFT",
-        "is the engine's own, one picture at a time, nothing cached.",
-        "",
-        markdown_table(header, body, left=3),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def document(rows: Sequence[Row], conditions: str, bench: Bench) -> dict[str, Any]:
-    """The results as a JSON document."""
-
-    def score(value: Score) -> dict[str, Any]:
-        low, high = value.interval
-        return {"right": value.right, "asked": value.asked, "share": value.share, "low": low, "high": high}
-
-    return {
-        "conditions": conditions,
-        "encode_ms": bench.encode_ms,
-        "taps_ms": bench.taps_ms,
-        "rows": [
-            {
-                "method": row.method,
-                "keep": row.keep,
-                "share": row.share,
-                "total": score(row.total),
-                "families": {name: score(value) for name, value in row.families.items()},
-                "cost_ms": row.cost_ms,
-                "ttft_ms": None if np.isnan(row.ttft_ms) else row.ttft_ms,
-                "kv_bytes": row.kv_bytes,
-            }
-            for row in rows
-        ],
-    }
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy over visual tokens kept, one line per method."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
-    by_method: dict[str, list[Row]] = {}
-    for row in rows:
-        by_method.setdefault(row.method, []).append(row)
-    colors = plt.get_cmap("tab20")
-    for number, (method, mine) in enumerate(by_method.items()):
-        if method == "off":
-            axes.axhline(100 * mine[0].total.share, color="0.5", linestyle="--", label="off")
-            continue
-        style = ":" if method.startswith(_PREFILL) else "-"
-        points = [(row.keep, 100 * row.total.share) for row in sorted(mine, key=lambda row: row.keep)]
-        axes.plot(*zip(*points, strict=True), style, marker=".", color=colors(number % 20), label=method)
-    keeps = sorted({row.keep for row in rows if row.method != "off"})
-    axes.set_xscale("log")
-    axes.set_xticks(keeps, [str(keep) for keep in keeps])
-    axes.minorticks_off()
-    axes.set(xlabel=f"visual tokens kept of {VISUAL_TOKENS}", ylabel="exact match (%)", ylim=(0, 102))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
-    axes.grid(visible=True, alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def write(rows: Sequence[Row], conditions: str, bench: Bench, folder: Path) -> str:
-    """Write the page, the JSON document and the plot into ``folder``; the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    page = markdown(rows, conditions, bench.encode_ms)
-    (folder / "quality.md").write_text(page, encoding="utf-8")
-    (folder / "quality.json").write_text(json.dumps(document(rows, conditions, bench), indent=1) + "\n", "utf-8")
-    plot(rows, folder / "quality.png")
-    return page
 
 
 def _chosen(asked: str | None, known: Sequence[str]) -> tuple[str, ...]:
@@ -450,20 +315,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method, keep in cells(chosen, keeps):
             row = bench.measure(method, keep)
             rows.append(row)
-            print(f"{time.monotonic() - began:6.0f} s  {keep:3d}  {method:24} {_shown(row)}", flush=True)
+            print(f"{time.monotonic() - began:6.0f} s  {keep:3d}  {method:24} {one_line(row)}", flush=True)
     conditions = (
         f"Reference model in float32 on one CPU thread, greedy, {len(bench.questions)} questions a row "
         f"({arguments.per_family} of each family) about {len(bench.pictures)} scenes from seed {arguments.seed}."
     )
-    write(rows, conditions, bench, arguments.out)
+    write(rows, conditions, bench.encode_ms, arguments.out)
     print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
     return 0
-
-
-def _shown(row: Row) -> str:
-    families: Mapping[str, Score] = row.families
-    shares = " ".join(f"{name[:4]} {100 * score.share:5.1f}" for name, score in families.items())
-    return f"{100 * row.total.share:5.1f} | {shares} | {row.cost_ms:.2f} ms, TTFT {row.ttft_ms:.1f} ms"
 
 
 if __name__ == "__main__":
