@@ -101,6 +101,7 @@ async def test_a_frozen_server_costs_a_deadline_and_nothing_else(server, redis_i
             await index.heartbeat("w1", epoch, WorkerState.READY)
         assert loop.time() - begun < config.call_timeout_s + 0.5
     assert mirror.holders(key(1)) == ("w1",)
+    await asyncio.sleep(config.lease_ttl_s / 4)
     server.thaw()
     # The lease ended while the server stood still; the worker never fell silent.
     assert not await index.heartbeat("w1", epoch, WorkerState.READY)
