@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from tests.models.matching import CASES, Ours, Theirs
+from tests.models.matching import CASES, VIDEO_CASES, Ours, Theirs
 from tests.models.zoo import SPECIMENS
 
 _LOGIT_TOLERANCE = 1e-4
@@ -32,7 +32,8 @@ def compare(family: str, seed: int, tokens: int) -> dict[str, float]:
         directory = Path(folder)
         # Seeds also walk through the key layouts and the number of shards.
         model = specimen.save(directory, seed, older=seed % 2 == 1, shards=1 + seed % 3)
-        ours, theirs = Ours(directory), Theirs(specimen, model)
+        ours = Ours(directory)
+        theirs = Theirs(specimen, model, ours.processor)
         requests = [ours.request(name, case, tokens) for name, case in theirs.cases.items()]
         answers = ours.run(requests, max_step_tokens=_STEP_TOKENS)
         rounded = Ours(directory, dtype="bfloat16")
@@ -55,7 +56,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     disable_progress_bar()
-    columns = (*CASES, "bf16")
+    columns = (*CASES, *VIDEO_CASES, "bf16")
     table = Table(
         "family", *columns, title=f"{options.seeds} seeds, {options.tokens} greedy tokens, largest difference"
     )
@@ -73,7 +74,7 @@ def main() -> int:
             outcome = f"{'pass' if passed else 'FAIL'} {worst[column]:.1e}"
             cells.append(f"{worst[column]:.3f}" if column == "bf16" else outcome)
         table.add_row(family, *cells)
-    Console(width=100).print(table)
+    Console(width=140).print(table)
     return 1 if failed else 0
 
 

@@ -7,7 +7,7 @@
 
 from prismserve.client.aio import AsyncClient
 from prismserve.client.client import Client
-from prismserve.client.content import Image, Message
+from prismserve.client.content import Image, Message, Video
 from prismserve.client.errors import (
     AuthenticationError,
     BadRequestError,
@@ -54,5 +54,6 @@ __all__ = [
     "UnavailableError",
     "UnsupportedError",
     "Usage",
+    "Video",
     "WorkerStatus",
 ]

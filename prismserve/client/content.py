@@ -31,8 +31,24 @@ class Image:
     source: ImageSource
 
 
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One video of a message.
+
+    Attributes:
+        source: path of an MP4 or WebM file, the bytes of one, or its frames in order, each as an :class:`Image` has it.
+        fps: frames taken of a file per second, at most 240; of a list of frames, how they were taken.
+        num_frames: frames taken of a file, evenly spread; not with ``fps``. The server decides where both are None.
+    """
+
+    source: VideoSource
+    fps: float | None = None
+    num_frames: int | None = None
+
+
 ImageSource: TypeAlias = "str | Path | bytes | PillowImage"
-Content: TypeAlias = "str | Sequence[str | Image | Mapping[str, Any]]"
+VideoSource: TypeAlias = "str | Path | bytes | Sequence[ImageSource]"
+Content: TypeAlias = "str | Sequence[str | Image | Video | Mapping[str, Any]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +57,7 @@ class Message:
 
     Attributes:
         role: ``system``, ``user`` or ``assistant``.
-        content: text, or text and images in order.
+        content: text, or text, images and videos in order.
     """
 
     role: str
@@ -52,12 +68,15 @@ Conversation: TypeAlias = "str | Sequence[Message | Mapping[str, Any]]"
 """A question, or turns; a turn is a :class:`Message` or a mapping in the shape of OpenAI's API."""
 
 
-def messages_of(conversation: Conversation, images: Sequence[ImageSource] = ()) -> list[pb.Message]:
+def messages_of(
+    conversation: Conversation, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource | Video] = ()
+) -> list[pb.Message]:
     """Build the messages of a request.
 
     Args:
         conversation: a question (one user turn) or the turns.
         images: put before the text of the last user turn.
+        videos: put there too, behind the images.
 
     Raises:
         RequestError: names the field that is malformed.
@@ -67,12 +86,15 @@ def messages_of(conversation: Conversation, images: Sequence[ImageSource] = ()) 
         message = "messages: at least one message is needed"
         raise RequestError(message, field="messages")
     built = [_message(turn, f"messages[{index}]") for index, turn in enumerate(turns)]
-    if images:
+    field = "images" if images else "videos"
+    if images or videos:
         user = next((message for message in reversed(built) if message.role == "user"), None)
         if user is None:
-            message = "images: there is no user message to put them in"
-            raise RequestError(message, field="images")
+            message = f"{field}: there is no user message to put them in"
+            raise RequestError(message, field=field)
         parts = [pb.ContentPart(image=encode_image(image, f"images[{index}]")) for index, image in enumerate(images)]
+        clips = [video if isinstance(video, Video) else Video(video) for video in videos]
+        parts += [pb.ContentPart(video=encode_video(clip, f"videos[{i}]")) for i, clip in enumerate(clips)]
         content = [*parts, *user.content]
         del user.content[:]
         user.content.extend(content)
@@ -101,6 +123,29 @@ def encode_image(source: ImageSource, field: str = "image") -> bytes:
     return data
 
 
+def encode_video(video: Video, field: str = "video") -> pb.Video:
+    """A video on the wire; RequestError names ``field`` when there is none to send."""
+    source = video.source
+    try:
+        if isinstance(source, (str, Path)):
+            message = pb.Video(file=_read(Path(source), field), fps=video.fps, num_frames=video.num_frames)
+        elif isinstance(source, bytes):
+            message = pb.Video(file=source, fps=video.fps, num_frames=video.num_frames)
+        else:
+            frames = [encode_image(frame, f"{field}[{index}]") for index, frame in enumerate(source)]
+            message = pb.Video(frames=frames, fps=video.fps, num_frames=video.num_frames)
+    except (TypeError, ValueError) as error:
+        text = f"{field}: a video is a path, bytes or a list of images, fps a number, num_frames an integer: {error}"
+        raise RequestError(text, field=field) from None
+    size = len(message.file) + sum(len(frame) for frame in message.frames)
+    if not size or size > IMAGE_BYTES_MAX:
+        text = (
+            f"{field}: the video takes {size} bytes, the limit is {IMAGE_BYTES_MAX}" if size else f"{field}: is empty"
+        )
+        raise RequestError(text, field=field)
+    return message
+
+
 def _read(path: Path, field: str) -> bytes:
     try:
         with path.open("rb") as stream:
@@ -123,7 +168,7 @@ def _message(turn: object, field: str) -> pb.Message:
     if not isinstance(role, str) or not role:
         message = f"{field}.role: must be a non-empty string"
         raise RequestError(message, field=f"{field}.role")
-    parts: object = [content] if isinstance(content, (str, Image)) else content
+    parts: object = [content] if isinstance(content, (str, Image, Video)) else content
     if not isinstance(parts, (list, tuple)):
         message = f"{field}.content: must be text or a list of parts"
         raise RequestError(message, field=f"{field}.content")
@@ -136,6 +181,8 @@ def _part(part: object, field: str) -> pb.ContentPart:
         return pb.ContentPart(text=part)
     if isinstance(part, Image):
         return pb.ContentPart(image=encode_image(part.source, field))
+    if isinstance(part, Video):
+        return pb.ContentPart(video=encode_video(part, field))
     if isinstance(part, Mapping):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             return pb.ContentPart(text=part["text"])
@@ -144,7 +191,7 @@ def _part(part: object, field: str) -> pb.ContentPart:
             url = nested.get("url") if isinstance(nested, Mapping) else nested
             if isinstance(url, str):
                 return pb.ContentPart(image=_data_uri(url, f"{field}.image_url.url"))
-    message = f"{field}: a part is text, an Image, or a mapping of type text or image_url"
+    message = f"{field}: a part is text, an Image, a Video, or a mapping of type text or image_url"
     raise RequestError(message, field=field)
 
 

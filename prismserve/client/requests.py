@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
 
-from prismserve.client.content import messages_of
+from prismserve.client.content import Video, messages_of
 from prismserve.client.errors import RequestError
 from prismserve.protocol import prismserve_pb2 as pb
 
 if TYPE_CHECKING:
-    from prismserve.client.content import Conversation, ImageSource
+    from prismserve.client.content import Conversation, ImageSource, VideoSource
 
 MessageT = TypeVar("MessageT")
 
@@ -23,6 +23,7 @@ class GenerateOptions(TypedDict, total=False):
     Attributes:
         prompt: raw completion instead of a conversation.
         images: put before the text of the last user message.
+        videos: put there too, behind the images.
         model: the served model's name.
         compression: preset or method name, or the plan as a mapping; ``"off"`` is exact.
         cache_salt: caches are shared only between requests with equal salts.
@@ -53,6 +54,7 @@ class GenerateOptions(TypedDict, total=False):
 
     prompt: str
     images: Sequence[ImageSource]
+    videos: Sequence[VideoSource | Video]
     model: str
     compression: str | Mapping[str, Any]
     cache_salt: str
@@ -111,7 +113,14 @@ def build_request(conversation: Conversation | None, options: GenerateOptions) -
     if isinstance(images, (str, bytes)):
         message = "images: must be a list of images, not one"
         raise RequestError(message, field="images")
-    messages = messages_of(conversation, images) if conversation is not None else []
+    videos = options.get("videos", ())
+    if prompt is not None and videos:
+        message = "videos: a raw prompt takes none; give messages"
+        raise RequestError(message, field="videos")
+    if isinstance(videos, (str, bytes, Video)):
+        message = "videos: must be a list of videos, not one"
+        raise RequestError(message, field="videos")
+    messages = messages_of(conversation, images, videos) if conversation is not None else []
     texts = {name: options.get(name, "") for name in ("model", "cache_salt", "request_id")}
     return _checked(
         "request",

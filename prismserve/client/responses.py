@@ -24,7 +24,7 @@ class Usage:
         completion_tokens: tokens generated.
         cached_tokens: prompt tokens that were not computed again.
         visual_tokens_before: visual tokens the encoder made.
-        visual_tokens_after: visual tokens that were kept.
+        visual_tokens_after: visual tokens that were kept, down to the last layer.
         kv_bytes_before: KV of the prompt without any compression, in bytes.
         kv_bytes_after: KV of the prompt as it was kept, in bytes.
         kv_bytes_sent: bytes that crossed from prefill to decode.
@@ -33,7 +33,9 @@ class Usage:
         prefill_worker: id of the worker that prefilled.
         decode_worker: id of the worker that decoded.
         images: images in the prompt.
-        images_cached: of these, how many were not encoded again.
+        images_cached: images and videos that were not encoded again.
+        videos: videos in the prompt.
+        frames: frames of all videos, as the model saw them.
         queue_ms: waited before prefill began.
         encode_ms: vision encoder and compression.
         prefill_ms: prompt through the decoder.
@@ -41,6 +43,7 @@ class Usage:
         transfer_exposed_ms: the part of it that delayed the first token.
         route_reason: why the router chose these workers.
         compression: the plan as applied, canonical JSON.
+        visual_tokens_by_cut: visual tokens that a prefill method left behind each of its cuts; empty without one.
     """
 
     prompt_tokens: int = 0
@@ -57,6 +60,8 @@ class Usage:
     decode_worker: str = ""
     images: int = 0
     images_cached: int = 0
+    videos: int = 0
+    frames: int = 0
     queue_ms: float = 0.0
     encode_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -64,6 +69,7 @@ class Usage:
     transfer_exposed_ms: float = 0.0
     route_reason: str = ""
     compression: str = ""
+    visual_tokens_by_cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +240,9 @@ def _logprob_of(message: pb.TokenLogprobs) -> TokenLogprob:
 
 def usage_of(message: pb.Usage) -> Usage:
     """Copy a usage message."""
-    return Usage(**{name.name: getattr(message, name.name) for name in dataclasses.fields(Usage)})
+    values = {field.name: getattr(message, field.name) for field in dataclasses.fields(Usage)}
+    values["visual_tokens_by_cut"] = tuple(message.visual_tokens_by_cut)
+    return Usage(**values)
 
 
 def models_of(message: pb.ListModelsResponse) -> tuple[Model, ...]:

@@ -53,15 +53,18 @@ class Need(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VisualFeatures:
-    """One image after the vision encoder, before the projector.
+    """One image or video after the vision encoder, before the projector.
 
     Attributes:
-        tokens: [N, C] patch features of the layer the projector reads.
-        grid: (rows, columns), rows x columns = N, raster order.
+        tokens: [N, C] patch features of the layer the projector reads; of a video, frame after frame.
+        grid: (rows, columns) of one frame, raster order; frames x rows x columns = N.
         cls_attention: [H, N] float32, softmax attention of the class token to the patches in the encoder layer that
             made ``tokens``; None unless asked for by ``needs``. Rows sum to 1 minus the class token's own share.
         keys: [N, H, d] keys of that layer; None unless asked for.
         seed: 8 bytes from the pixel hash, the only randomness a method may use.
+        frames: of a video, how many frames ``tokens`` holds (where an encoder merges neighbouring frames, after that);
+            1 for an image. What stands around the frames (time stamps, a closing token) is not among ``tokens``, is
+            always kept, and does not count towards the budget.
     """
 
     tokens: torch.Tensor
@@ -69,14 +72,15 @@ class VisualFeatures:
     seed: bytes
     cls_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    frames: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class VisualPlan:
-    """Which tokens of an image survive, and how others are folded into them.
+    """Which tokens of an image or video survive, and how others are folded into them.
 
     Attributes:
-        indices: [k] int64, ascending, unique raster indices; survivors keep these positions.
+        indices: [k] int64, ascending, unique raster indices into ``tokens``; survivors keep these positions.
         weights: None, or [k, N] float32; survivor i becomes ``weights[i] @ tokens``.
     """
 
@@ -128,7 +132,7 @@ class WireConfig(FrozenConfig):
 
 
 class VisualMethod(Protocol):
-    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``."""
+    """A method that reduces the tokens of one image or video. A file ``visual/<name>.py`` exports one as ``METHOD``."""
 
     name: ClassVar[str]
     version: ClassVar[int]
@@ -139,7 +143,7 @@ class VisualMethod(Protocol):
     Config: ClassVar[type[FrozenConfig]]
 
     def kept_tokens(self, config: Any, tokens: int) -> int:
-        """How many of ``tokens`` remain; exact, known before the image is encoded."""
+        """How many of ``tokens`` remain (of a video, of all its frames); exact, known before it is encoded."""
         ...
 
     def plan(self, features: VisualFeatures, config: Any) -> VisualPlan:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from prismserve.compression.base import Codec, VisualMethod
+    from prismserve.compression.cuts import PrefillMethod
     from prismserve.core.config import FrozenConfig
 
 _PACKAGE = "prismserve.compression"
@@ -25,7 +26,7 @@ _PACKAGE = "prismserve.compression"
 
 @functools.cache
 def names(stage: str) -> tuple[str, ...]:
-    """Names of the methods of a stage (``visual`` or ``codec``), sorted."""
+    """Names of the methods of a stage (``visual``, ``prefill`` or ``codec``), sorted."""
     package = importlib.import_module(f"{_PACKAGE}.{stage}")
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
 
@@ -42,12 +43,24 @@ def visual_method(name: str) -> VisualMethod:
     return cast("VisualMethod", _load("visual", name, "compression.visual.method"))
 
 
+def prefill_method(name: str) -> PrefillMethod:
+    """The prefill method of this name; UnknownMethodError lists the alternatives."""
+    return cast("PrefillMethod", _load("prefill", name, "compression.prefill.method"))
+
+
 def codec(name: str) -> Codec:
     """The wire codec of this name; UnknownMethodError lists the alternatives."""
     return cast("Codec", _load("codec", name, "compression.wire.codec"))
 
 
-def method_config(method: VisualMethod | Codec, params: Mapping[str, Any], field: str) -> FrozenConfig:
+def method_of(stage: str, name: str) -> VisualMethod | PrefillMethod | Codec:
+    """The method of this name in a stage (``visual``, ``prefill`` or ``codec``)."""
+    if stage == "prefill":
+        return prefill_method(name)
+    return visual_method(name) if stage == "visual" else codec(name)
+
+
+def method_config(method: VisualMethod | PrefillMethod | Codec, params: Mapping[str, Any], field: str) -> FrozenConfig:
     """Validate parameters; InvalidRequestError names the field and the reason."""
     try:
         return method.Config.model_validate(dict(params))
@@ -58,7 +71,7 @@ def method_config(method: VisualMethod | Codec, params: Mapping[str, Any], field
         raise InvalidRequestError(message, field=where) from None
 
 
-def normalise(method: VisualMethod | Codec, params: Mapping[str, Any], field: str) -> MethodSpec:
+def normalise(method: VisualMethod | PrefillMethod | Codec, params: Mapping[str, Any], field: str) -> MethodSpec:
     """A spec with every default filled in and the method's version, so that equal plans have equal fingerprints."""
     values = {**method_config(method, params, field).model_dump(), "version": method.version}
     return MethodSpec(method.name, tuple(sorted(values.items())))
@@ -78,9 +91,8 @@ def forget() -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _config(stage: str, name: str, params: bytes) -> FrozenConfig:
-    method: VisualMethod | Codec = visual_method(name) if stage == "visual" else codec(name)
     values = {key: value for key, value in json.loads(params).items() if key != "version"}
-    return method_config(method, values, f"compression.{stage}")
+    return method_config(method_of(stage, name), values, f"compression.{stage}")
 
 
 def kept_tokens(spec: MethodSpec, tokens: int) -> int:

@@ -4,8 +4,10 @@ Accepted forms::
 
     "balanced"                                   a preset
     "visionzip"                                  a visual method with its defaults
+    "fastv"                                      a prefill method with its defaults
     {"preset": "balanced",                       what the object leaves out; the server default if absent
      "visual": {"method": "visionzip", "keep": 64},
+     "prefill": {"method": "fastv", "keep": 0.5},
      "wire": {"codec": "int4", "residual": 32, "text": "none"}}
 
 Inside an object a string stands for the bare name (``"wire": "int8"``), and leaving out ``method`` or ``codec`` keeps
@@ -18,14 +20,11 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from prismserve.compression import loader, wire
 from prismserve.core.errors import InvalidRequestError, UnknownMethodError
 from prismserve.core.types import CompressionPlan, MethodSpec
-
-if TYPE_CHECKING:
-    from prismserve.compression.base import Codec, VisualMethod
 
 FIELD: Final = "compression"
 TEXT_MAX: Final = 64
@@ -44,7 +43,7 @@ _PRESETS: Final[Mapping[str, _Parts]] = MappingProxyType(
         "turbo": ("visionzip", (("keep", 0.125),), "int8"),
     }
 )
-_STAGES: Final[Mapping[str, str]] = MappingProxyType({"visual": "method", "wire": "codec"})
+_STAGES: Final[Mapping[str, str]] = MappingProxyType({"visual": "method", "prefill": "method", "wire": "codec"})
 _CUSTOM: Final = "custom"
 
 
@@ -58,7 +57,7 @@ def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionP
 
     Args:
         value: the field as it came from JSON: a name, an object, or None for the server's default. Untrusted.
-        default: a preset or visual method name; fills in what ``value`` leaves out.
+        default: a preset or method name; fills in what ``value`` leaves out.
 
     Returns:
         A plan whose specs are normalised: equal requests give equal fingerprints. ``preset`` is the preset's name if
@@ -76,9 +75,10 @@ def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionP
     _check_keys(asked, ("preset", *_STAGES), FIELD)
     base = _base(asked.get("preset"), default)
     visual = _part(asked.get("visual"), "visual", base.visual)
+    prefill = _part(asked.get("prefill"), "prefill", base.prefill)
     on_wire = _part(asked.get("wire"), "wire", base.wire)
-    changed = (visual, on_wire) != (base.visual, base.wire)
-    return CompressionPlan(visual, on_wire, _CUSTOM if changed else base.preset)
+    changed = (visual, prefill, on_wire) != (base.visual, base.prefill, base.wire)
+    return CompressionPlan(visual, on_wire, _CUSTOM if changed else base.preset, prefill)
 
 
 def _base(preset: Any, default: str) -> CompressionPlan:
@@ -96,16 +96,25 @@ def _base(preset: Any, default: str) -> CompressionPlan:
 
 @functools.lru_cache(maxsize=64)
 def _named(name: str, default: str) -> CompressionPlan:
-    """The plan of a preset or visual method name; a method leaves the wire to ``default``, none if that is empty."""
+    """The plan of a preset or method name; a method leaves the wire to ``default``, none if that is empty.
+
+    A name that both a visual and a prefill method have is the visual one's.
+    """
+    none = _spec("prefill", "none", {})
     if name in _PRESETS:
         visual, params, codec = _PRESETS[name]
-        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", codec, {}), name)
-    methods = loader.names("visual")
-    if name not in methods:
-        message = f"unknown {FIELD} {name!r}; presets: {', '.join(_PRESETS)}; visual methods: {', '.join(methods)}"
+        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", codec, {}), name, none)
+    visuals, prefills = loader.names("visual"), loader.names("prefill")
+    if name not in visuals and name not in prefills:
+        message = (
+            f"unknown {FIELD} {name!r}; presets: {', '.join(_PRESETS)}; visual methods: {', '.join(visuals)}; "
+            f"prefill methods: {', '.join(prefills)}"
+        )
         raise UnknownMethodError(message, field=FIELD)
     wire_spec = _named(default, "").wire if default else _spec("wire", "none", {})
-    return CompressionPlan(_spec("visual", name, {}), wire_spec, _CUSTOM)
+    if name in visuals:
+        return CompressionPlan(_spec("visual", name, {}), wire_spec, _CUSTOM, none)
+    return CompressionPlan(_spec("visual", "none", {}), wire_spec, _CUSTOM, _spec("prefill", name, {}))
 
 
 def _part(value: Any, stage: str, base: MethodSpec) -> MethodSpec:
@@ -129,13 +138,13 @@ def _part(value: Any, stage: str, base: MethodSpec) -> MethodSpec:
 
 def _spec(stage: str, name: str, params: Mapping[str, Any]) -> MethodSpec:
     field = f"{FIELD}.{stage}"
-    if stage == "visual" and name == "none" and params:
+    if stage != "wire" and name == "none" and params:
         key = next(iter(params))
         message = (
             f"{field}.{key} has no meaning for method 'none', which keeps every token; name another {field}.method"
         )
         raise InvalidRequestError(message, field=f"{field}.{key}")
-    method: VisualMethod | Codec = loader.visual_method(name) if stage == "visual" else loader.codec(name)
+    method = loader.method_of("codec" if stage == "wire" else stage, name)
     _check_keys(params, (_STAGES[stage], *method.Config.model_fields), field)
     spec = loader.normalise(method, params, field)
     if stage == "wire":

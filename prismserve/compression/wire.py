@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from prismserve.compression import loader
 from prismserve.compression.base import SAME_CODEC, WireConfig
 from prismserve.core.errors import UnknownMethodError
-from prismserve.core.types import MediaSegment, MethodSpec
+from prismserve.core.types import MediaSegment, MethodSpec, Scalar
 
 if TYPE_CHECKING:
     from prismserve.core.types import Prompt
@@ -66,6 +66,12 @@ def table(spec: MethodSpec) -> tuple[MethodSpec, ...]:
     if config.residual:
         found.append(EXACT)
     return tuple(dict.fromkeys(found))
+
+
+def uniform(spec: MethodSpec) -> MethodSpec:
+    """The same codec for every slot: without a residual window and without an exception for text."""
+    same: dict[str, Scalar] = {"residual": 0, "text": SAME_CODEC}
+    return MethodSpec(spec.name, tuple((name, same.get(name, value)) for name, value in spec.params))
 
 
 def _text_spec(name: str) -> MethodSpec:

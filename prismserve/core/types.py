@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -30,6 +31,14 @@ class WorkerState(enum.StrEnum):
     READY = "ready"
     DRAINING = "draining"
     LOST = "lost"
+
+
+class Tier(enum.IntEnum):
+    """Where a worker keeps a block, fastest first. The numbers are part of stored and sent forms."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
 
 
 class FinishReason(enum.StrEnum):
@@ -111,37 +120,82 @@ class MethodSpec:
 
 @dataclass(frozen=True, slots=True)
 class CompressionPlan:
-    """What is done to one request's visual tokens and to its KV on the wire.
+    """What is done to one request's visual tokens, before the decoder and within it, and to its KV on the wire.
 
-    ``visual`` and ``wire`` are always set; ``none`` is the identity. Visual fingerprints enter cache keys, wire
-    codecs do not: they change bytes in flight, and lossy codecs mark what they produce (see ``lossy``).
+    All are always set; ``none`` is the identity. Visual fingerprints enter the keys of images, prefill fingerprints the
+    request's namespace (:func:`prefill_namespace`). Wire codecs do neither: they change bytes in flight, and lossy
+    codecs mark what they produce (see ``lossy``).
     """
 
     visual: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
     wire: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
     preset: str = "custom"
+    prefill: MethodSpec = field(default_factory=lambda: MethodSpec("none"))
 
     @property
     def exact(self) -> bool:
         """Whether outputs are bit-equal to serving without compression."""
-        return self.visual.name == "none" and self.wire.name == "none"
+        return self.visual.name == self.prefill.name == self.wire.name == "none"
+
+
+class MediaKind(enum.StrEnum):
+    """What a media item is."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTimes:
+    """When the frames of a video are shown.
+
+    Attributes:
+        seconds: of each frame, from the start of the video; ascending, at least one.
+        rate: frames per second of these frames, on average over the whole video.
+    """
+
+    seconds: tuple[float, ...]
+    rate: float
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are."""
+        return len(self.seconds)
+
+    def packed(self) -> bytes:
+        """Bytes that differ wherever the times do."""
+        return struct.pack(f"<{self.frames + 1}d", self.rate, *self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class MediaInput:
-    """One image of a request.
+    """One image or video of a request, already validated.
 
     Attributes:
-        data: the encoded file (PNG, JPEG or WebP), already validated.
-        pixel_hash: 32 bytes over mode, shape and pixels after decoding.
+        data: of an image, the encoded file (PNG, JPEG or WebP). Of a video, the samples of the frames that were
+            chosen, uint8 [frames, height, width, 3] in RGB: the container is opened once, where it arrives, and every
+            worker sees the same pixels whatever decoder it has.
+        pixel_hash: 32 bytes over mode, shape and pixels after decoding; of a video, over its times too.
         width_px: width after decoding.
         height_px: height after decoding.
+        times: of a video, when its frames are shown; None for an image.
     """
 
     data: bytes
     pixel_hash: bytes
     width_px: int
     height_px: int
+    times: FrameTimes | None = None
+
+    @property
+    def kind(self) -> MediaKind:
+        """Image or video."""
+        return MediaKind.IMAGE if self.times is None else MediaKind.VIDEO
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 0 for an image."""
+        return 0 if self.times is None else self.times.frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +222,7 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class MediaSegment:
-    """The place of one image in a prompt.
+    """The place of one image or video in a prompt.
 
     Attributes:
         media_index: which entry of ``Request.media``.
@@ -177,6 +231,8 @@ class MediaSegment:
         raw_tokens: cache slots it would take without compression.
         position_span: how far the position of what follows lies behind its first; None where every raw token has a
             position of its own (survivors keep theirs).
+        position_reach: one more than the last of its positions, counted from its first; None where that is the span.
+            The time of a long video may reach beyond the position of the text behind it.
     """
 
     media_index: int
@@ -184,11 +240,17 @@ class MediaSegment:
     tokens: int
     raw_tokens: int
     position_span: int | None = None
+    position_reach: int | None = None
 
     @property
     def positions(self) -> int:
         """Positions it spans."""
         return self.raw_tokens if self.position_span is None else self.position_span
+
+    @property
+    def reach(self) -> int:
+        """One more than the last of its positions, counted from its first."""
+        return self.positions if self.position_reach is None else self.position_reach
 
 
 Segment: TypeAlias = TextSegment | MediaSegment
@@ -196,7 +258,7 @@ Segment: TypeAlias = TextSegment | MediaSegment
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Text and image segments in order."""
+    """Text and media segments in order."""
 
     segments: tuple[Segment, ...]
 
@@ -212,8 +274,13 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Position of the first generated token: one more than the last of the prompt."""
-        return sum(s.positions for s in self.segments)
+        """Position of the first generated token: one more than the highest of the prompt."""
+        following = highest = 0
+        for segment in self.segments:
+            if isinstance(segment, MediaSegment):
+                highest = max(highest, following + segment.reach)
+            following += segment.positions
+        return max(following, highest)
 
     @property
     def visual_tokens(self) -> int:
@@ -226,7 +293,7 @@ class Prompt:
         return sum(s.raw_tokens for s in self.segments if isinstance(s, MediaSegment))
 
     def media_segments(self) -> Iterator[MediaSegment]:
-        """The image segments in order."""
+        """The segments of images and videos in order."""
         return (s for s in self.segments if isinstance(s, MediaSegment))
 
 
@@ -482,7 +549,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
-    """What the prefill side measured for one request, for the usage report."""
+    """What the prefill side measured for one request, for the usage report.
+
+    ``visual_tokens_by_cut`` are the visual tokens a prefill method left behind each of its cuts; empty without one.
+    """
 
     worker_id: str = ""
     cached_tokens: int = 0
@@ -497,6 +567,7 @@ class PrefillReport:
     transfer_ms: float = 0.0
     transfer_exposed_ms: float = 0.0
     transport: str = "local"
+    visual_tokens_by_cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,6 +606,14 @@ def namespace(model_fingerprint: bytes, layout: KVLayout, tenant_salt: bytes) ->
         message = f"model_fingerprint must be {DIGEST_BYTES} bytes, got {len(model_fingerprint)}"
         raise ValueError(message)
     return digest("namespace", model_fingerprint, layout.fingerprint(), tenant_salt)
+
+
+def prefill_namespace(root: bytes, method: MethodSpec) -> bytes:
+    """The chain root of requests whose visual tokens a prefill method reduces inside the decoder.
+
+    What such a request leaves in a cache is found by requests of the same plan only, whatever share code the method has.
+    """
+    return root if method.name == "none" else digest("namespace-prune", root, method.fingerprint())
 
 
 def wire_namespace(root: bytes, codec: MethodSpec, *, lossy: bool) -> bytes:

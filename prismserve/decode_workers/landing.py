@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from prismserve.core.errors import (
     TransferError,
 )
 from prismserve.kv_transfer.manifest import Expected
-from prismserve.kv_transfer.plan import reserve_bytes
+from prismserve.kv_transfer.plan import reserve_bytes, reserve_layers_bytes
 from prismserve.protocol import convert
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.worker_runtime.jobs import failure
@@ -223,7 +224,6 @@ class Landing:
         if message.prompt_tokens != ticket.prompt_tokens:
             text = f"the prompt has {ticket.prompt_tokens} tokens here and {message.prompt_tokens} at the sender"
             raise TransferError(text, request_id=request.request_id)
-        missing = max(0, ticket.prompt_tokens - ticket.cached_tokens)
         codec = convert.method_from_proto(message.codec)
         expected = Expected(
             request_id=request.request_id,
@@ -235,8 +235,13 @@ class Landing:
             prompt_tokens=ticket.prompt_tokens,
             cached_tokens=ticket.cached_tokens,
         )
-        slots = Slots.of(request.prompt, ticket.prompt_tokens)
-        nbytes = reserve_bytes(missing, codec, runtime.engine.layout, slots)
+        layout, prompt_tokens = runtime.engine.layout, ticket.prompt_tokens
+        if request.compression.prefill.name == "none":
+            slots = Slots.of(request.prompt, prompt_tokens)
+            nbytes = reserve_bytes(prompt_tokens - ticket.cached_tokens, codec, layout, slots)
+        else:
+            missing = max(0, ticket.room_tokens - ticket.cached_tokens * layout.layers)
+            nbytes = reserve_layers_bytes(missing, codec, layout)
         arrival.reservation = runtime.receiver.reserve(expected, nbytes, runtime.engine.import_writer(ticket))
         return arrival.reservation
 
@@ -258,9 +263,13 @@ class Landing:
         runtime, request = self._runtime, arrival.request
         ticket = arrival.ticket.result()
         arrival.committing = True
+        began_s = time.monotonic()
         try:
-            if set(manifest.layer_tokens) != {ticket.prompt_tokens}:
-                text = f"manifest covers {manifest.layer_tokens} tokens, expected {ticket.prompt_tokens} in every layer"
+            if not await runtime.on_engine(lambda engine: engine.import_accepts(ticket, manifest.layer_tokens)):
+                text = (
+                    f"manifest covers {manifest.layer_tokens} tokens by layer, which does not fit the request's prompt "
+                    f"of {ticket.prompt_tokens}"
+                )
                 raise TransferError(text, request_id=request.request_id)
             verified = runtime.receiver.commit(message_lease(arrival), generation, manifest)
             try:
@@ -275,9 +284,18 @@ class Landing:
             await self._abandon(arrival)
             raise
         self._forget(arrival)
+        # What the sender could not know: how long its last bytes took to be verified and decoded here.
+        settled_ms = (time.monotonic() - began_s) * 1e3
+        report = dataclasses.replace(report, transfer_exposed_ms=report.transfer_exposed_ms + settled_ms)
         await runtime.on_engine(
             lambda engine: engine.finish_import(
-                ticket, request, manifest.first_token_ids, manifest.next_position, report, manifest.first_logprobs
+                ticket,
+                request,
+                manifest.first_token_ids,
+                manifest.next_position,
+                report,
+                manifest.first_logprobs,
+                layer_tokens=manifest.layer_tokens,
             )
         )
 

@@ -31,7 +31,7 @@ class PagedAttention:
         starts: Sequence[int],
         counts: Sequence[int],
         slots: torch.Tensor,
-        ragged: Sequence[tuple[Sequence[LayerTable], int]] = (),
+        ragged: Sequence[tuple[Sequence[LayerTable], Sequence[int]]] = (),
     ) -> None:
         """Plan one step.
 
@@ -41,8 +41,8 @@ class PagedAttention:
             starts: cache slots each of them held before this step.
             counts: tokens of each of them in this step, flattened in this order.
             slots: [T] int64, ``group * block_tokens + offset`` of each token; those of ragged sequences are not read.
-            ragged: tables by layer, as they are before this step, and tokens of each ragged sequence, flattened after
-                the uniform ones.
+            ragged: tables by layer, as they are before this step, and tokens by layer of each ragged sequence,
+                flattened after the uniform ones; a layer's tokens are looked at when it is attended to.
         """
         self._pool = pool
         self._ragged = ragged
@@ -92,11 +92,11 @@ class PagedAttention:
         tables: list[list[int]] = []
         counts: list[int] = []
         ends: list[int] = []
-        for layers, count in self._ragged:
-            table = layers[layer]
+        for layers, layer_counts in self._ragged:
+            table, count = layers[layer], layer_counts[layer]
             end = table.tokens + count
             slots.extend(table.blocks[slot // size] * size + slot % size for slot in range(table.tokens, end))
             tables.append(table.blocks)
             counts.append(count)
             ends.append(end)
-        return torch.tensor(slots, device=device), plan_batch(tables, counts, ends, size, device)
+        return torch.tensor(slots, dtype=torch.int64, device=device), plan_batch(tables, counts, ends, size, device)

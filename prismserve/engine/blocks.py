@@ -13,6 +13,7 @@ from prismserve.engine.swap import SwapSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from collections.abc import Sequence as Items
 
     import torch
 
@@ -52,12 +53,15 @@ class BlockManager:
     def admission(self, sequence: Sequence, match: PrefixMatch) -> Room:
         """Free or idle room that admitting the sequence takes up, idle matched groups included."""
         idle = sum(self.pool.references[group] == 0 for group in match.groups)
+        if sequence.pruning is not None:
+            base = sequence.pruning.base // self.pool.block_tokens
+            return Room(base - len(match.groups) + idle, self._ragged.missing_of(sequence.pruning.room, base))
         return Room(self.pool.blocks_for(sequence.cached + sequence.computable) - len(match.groups) + idle)
 
     def growth(self, sequence: Sequence) -> Room:
         """Room still missing for all slots that can be computed."""
         if sequence.ragged is not None:
-            return Room(0, self._ragged.missing(sequence, sequence.computable))
+            return Room(0, self._ragged.missing(sequence, self._ahead(sequence)))
         return Room(max(0, self.pool.blocks_for(sequence.cached + sequence.computable) - len(sequence.table)))
 
     def releasable(self, sequence: Sequence) -> Room:
@@ -75,6 +79,9 @@ class BlockManager:
             OutOfBlocksError: too few blocks; the sequence is unchanged.
         """
         match = self.match(sequence)
+        if sequence.pruning is not None:
+            self._ragged.open(sequence, match.groups, sequence.pruning.base, sequence.pruning.room)
+            return
         held = list(match.groups)
         self.pool.retain(held)
         wanted = self.pool.blocks_for(sequence.cached + sequence.computable) - len(held)
@@ -114,10 +121,27 @@ class BlockManager:
         sequence.published = len(held)
         sequence.cached = sequence.prefix_tokens = len(held) * self.pool.block_tokens
 
+    def reserve_layers(self, sequence: Sequence, room: Items[int]) -> None:
+        """Give a sequence blocks for ``room`` slots in each layer, whose KV will be written from outside.
+
+        Raises:
+            OutOfBlocksError: too few blocks; the sequence is unchanged.
+        """
+        self._ragged.open(sequence, (), 0, room)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back blocks of a ragged sequence that hold nothing."""
+        self._ragged.trim(sequence)
+
+    def _ahead(self, sequence: Sequence) -> int:
+        """Slots to have room for in every layer; a prompt under a prefill method was given all its room at once."""
+        within = sequence.pruning is not None and sequence.cached < sequence.pruning.prompt_tokens
+        return 0 if within else sequence.computable
+
     def grow(self, sequence: Sequence) -> None:
         """Allocate what is missing for all slots that can be computed; OutOfBlocksError if there is too little."""
         if sequence.ragged is not None:
-            self._ragged.grow(sequence, sequence.computable)
+            self._ragged.grow(sequence, self._ahead(sequence))
             return
         missing = self.growth(sequence).blocks
         if missing:
@@ -158,7 +182,12 @@ class BlockManager:
         return True
 
     def swap_out(self, sequence: Sequence) -> bool:
-        """Move a sequence's KV to host memory and let go of its blocks; False, and nothing done, without room."""
+        """Move a sequence's KV to host memory and let go of its blocks; False, and nothing done, without room.
+
+        A prompt on its way through cuts is computed again instead: rows that wait between layers are not swapped.
+        """
+        if sequence.pruning is not None and sequence.cached < sequence.pruning.prompt_tokens:
+            return False
         if not self.swap.copy_out(sequence):
             return False
         self.release(sequence)
@@ -176,7 +205,10 @@ class BlockManager:
             movable: whether its table may change; if not, publishing ends at the first conflict.
         """
         block = self.pool.block_tokens
-        while sequence.publishable and sequence.published < sequence.cached // block:
+        full = min(sequence.cached // block, len(sequence.keys), len(sequence.table))
+        # The tables of a ragged sequence's layers name the groups too.
+        movable = movable and sequence.ragged is None
+        while sequence.publishable and sequence.published < full:
             index = sequence.published
             parent = sequence.keys[index - 1] if index else sequence.namespace
             own = sequence.table[index]

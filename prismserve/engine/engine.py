@@ -25,6 +25,7 @@ from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, Laye
 from prismserve.engine.metrics import Counters, MovingAverage
 from prismserve.engine.pool import KVPool
 from prismserve.engine.profile import profile_bytes
+from prismserve.engine.pruning import plan_pruning
 from prismserve.engine.runner import ModelRunner
 from prismserve.engine.sequence import Sequence, State, Work
 from prismserve.engine.sizing import free_memory, kv_dtype, kv_format, plan_kv_groups
@@ -93,9 +94,10 @@ class Engine:
         replay = replay_for(config, decoder, model.device)
         self.pool = KVPool(self.layout, groups, model.device, scratch=replay is not None)
         per_sequence = self.pool.blocks_for(self.max_model_len)
-        graphs = replay and DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay)
+        graphs = DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay) if replay else None
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
+        self._processor = processor
         self._clock = clock
         self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
         self._pipeline = VisionPipeline(model, processor, self.image_cache)
@@ -149,6 +151,9 @@ class Engine:
         if taps is not None:
             if max(taps.layers) >= self.layout.layers or max(taps.all_slots) >= sequence.length:
                 message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
+                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+            if sequence.pruning is not None:
+                message = "rows of a prompt under a prefill method leave between layers and cannot be tapped"
                 raise InvalidRequestError(message, field="taps", request_id=request.request_id)
             taps.begin(sequence.length, exact_keys=self.layout.quantised)
         sequence.taps = taps
@@ -206,6 +211,9 @@ class Engine:
         if decoder.windows or decoder.bidirectional_images:
             message = "KV of a model with sliding windows or bidirectional images cannot be compacted yet"
             raise EngineError(message, request_id=request_id)
+        if sequence.staged:
+            message = "the request's prompt is on its way through a prefill method, so it cannot be compacted"
+            raise EngineError(message, request_id=request_id)
         if sequence.streamed:
             message = "an export reads this request's KV layer by layer, so it cannot be compacted"
             raise EngineError(message, request_id=request_id)
@@ -260,10 +268,13 @@ class Engine:
         next_position: int,
         report: PrefillReport | None,
         first_logprobs: tuple[TokenLogprobs, ...] = (),
+        *,
+        layer_tokens: tuple[int, ...] | None = None,
     ) -> None:
         """All KV of the ticket is written: publish it and join the running batch.
 
-        The first tokens come out of the next step, with ``report``.
+        The first tokens come out of the next step, with ``report``. ``layer_tokens`` are the slots written in each
+        layer; None stands for all of the prompt's in every one.
 
         Raises:
             EngineError: the ticket has ended, or does not fit what is said; an open ticket stays open.
@@ -281,12 +292,22 @@ class Engine:
         if len(first_logprobs) != (0 if request.sampling.logprobs is None else len(first_token_ids)):
             message = f"{len(first_token_ids)} first tokens come with {len(first_logprobs)} log-probabilities"
             raise EngineError(message, request_id=ticket.request_id)
-        self._imports.finish(ticket)
+        if layer_tokens is not None and not self.import_accepts(ticket, layer_tokens):
+            message = f"{layer_tokens} slots by layer do not fit the request's prompt of {ticket.prompt_tokens}"
+            raise EngineError(message, request_id=ticket.request_id)
+        self._imports.finish(ticket, layer_tokens)
         self._stepper.counters.prefix_query_tokens += ticket.prompt_tokens
         self._stepper.counters.prefix_hit_tokens += ticket.cached_tokens
         self._stepper.join(sequence, first_token_ids, report, first_logprobs)
         if sequence.ended:
             del self._sequences[sequence.identity]
+
+    def import_accepts(self, ticket: ImportTicket, layer_tokens: tuple[int, ...]) -> bool:
+        """Whether KV of so many slots in each layer can be that of the ticket's request."""
+        pruning = self._imports.peek(ticket).pruning
+        if pruning is None:
+            return layer_tokens == (ticket.prompt_tokens,) * self.layout.layers
+        return pruning.accepts(layer_tokens, ticket.prompt_tokens)
 
     def abort_import(self, ticket: ImportTicket) -> None:
         """Free a ticket's blocks (an import's or an adoption's); nothing happens if it has ended."""
@@ -404,7 +425,10 @@ class Engine:
     def _lay_out(self, request: Request, work: Work, namespace: bytes) -> Sequence:
         check_request(request, vocab_size=self._model.vocab_size, max_model_len=self.max_model_len)
         self._next_order += 1
-        return Sequence.create(self._next_order, request, work, namespace, self.config.block_tokens, self._clock())
+        size = self.config.block_tokens
+        sequence = Sequence.create(self._next_order, request, work, namespace, size, self._clock())
+        sequence.prune(plan_pruning(request, sequence.spans, self._model.decoder.config, self._processor, size), size)
+        return sequence
 
     def _check_new(self, sequence: Sequence) -> None:
         request = sequence.request

@@ -138,7 +138,7 @@ class CudaReplay:
 
     def _record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         # Kernels are compiled and libraries set up outside the recording; the step may be repeated without harm.
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch leaves it untyped
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP_RUNS):
@@ -180,6 +180,7 @@ class DecodeGraphs:
         return (
             item.tokens == 1
             and item.samples
+            and item.stage is None
             and item.start >= sequence.prompt_tokens
             and isinstance(sequence.slots[item.start], int)
             and sequence.ragged is None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from prismserve.core.types import BlockKey
     from prismserve.engine.blocks import BlockManager
+    from prismserve.engine.pruning import Pruning
     from prismserve.engine.sequence import Sequence
 
 
@@ -38,7 +39,7 @@ class ExportView:
         table: groups, for ``KVPool.read``; of a ragged sequence, only those it shares.
         prompt_tokens: cache slots to be sent in all, resumed tokens included.
         cached_tokens: leading slots that hold KV already; the sink hears nothing of them.
-        layer_tokens: cache length per layer after prefill.
+        layer_tokens: cache length per layer after prefill; at most so many until a prefill method has chosen.
         next_position: position of the first generated token.
         layer_tables: single-layer blocks of each layer of a ragged sequence, for ``KVPool.read_blocks``.
     """
@@ -55,14 +56,17 @@ class ExportView:
     @classmethod
     def of(cls, sequence: Sequence, layers: int, prompt_tokens: int) -> ExportView:
         """The view of a sequence, uniform or ragged, as it is now."""
-        ragged = sequence.ragged
+        ragged, pruning = sequence.ragged, sequence.pruning
+        layer_tokens = (prompt_tokens,) * layers if ragged is None else sequence.layer_tokens(layers)
+        if pruning is not None and sequence.cached < pruning.prompt_tokens:
+            layer_tokens = tuple(tokens + prompt_tokens - pruning.prompt_tokens for tokens in pruning.room)
         return cls(
             request_id=sequence.request.request_id,
             attempt=sequence.request.attempt,
             table=tuple(sequence.table),
             prompt_tokens=prompt_tokens,
             cached_tokens=sequence.cached,
-            layer_tokens=(prompt_tokens,) * layers if ragged is None else sequence.layer_tokens(layers),
+            layer_tokens=layer_tokens,
             next_position=sequence.next_position,
             layer_tables=None if ragged is None else tuple(tuple(table.blocks) for table in ragged),
         )
@@ -73,11 +77,14 @@ class ImportTicket:
     """Blocks that wait for KV from outside.
 
     Attributes:
-        table: groups, for ``KVPool.write``.
+        table: groups, for ``KVPool.write``; empty where each layer has a table.
         cached_tokens: leading slots that are held already and must not be written.
         prompt_tokens: slots that must hold KV when the import is finished.
         generations: tags of ``table``; a write with them is refused once the ticket has ended.
         ticket_id: unique in the engine.
+        layer_tables: single-layer blocks of each layer, for a prompt under a prefill method.
+        layer_tags: tags of their blocks.
+        room_tokens: slots there is room for, over all layers.
     """
 
     request_id: str
@@ -87,6 +94,9 @@ class ImportTicket:
     prompt_tokens: int
     generations: tuple[int, ...]
     ticket_id: int
+    layer_tables: tuple[tuple[int, ...], ...] | None = None
+    layer_tags: tuple[tuple[int, ...], ...] = ()
+    room_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +139,8 @@ class ImportDesk:
     def begin(self, sequence: Sequence, blocks: int, reserve: int) -> ImportTicket:
         """Reserve blocks for a whole prompt; ``reserve`` blocks must remain for running sequences."""
         sequence.state = State.IMPORTING
+        if sequence.pruning is not None:
+            return self._reserve_layers(sequence, sequence.pruning, reserve)
         return self._reserve(sequence, blocks, sequence.length, reserve, adoption=False)
 
     def begin_adoption(self, sequence: Sequence, blocks: int, reserve: int) -> ImportTicket:
@@ -144,11 +156,15 @@ class ImportDesk:
             raise EngineError(message, request_id=ticket.request_id)
         return entry.sequence
 
-    def finish(self, ticket: ImportTicket) -> Sequence:
+    def finish(self, ticket: ImportTicket, layer_tokens: Items[int] | None = None) -> Sequence:
         """End a ticket whose KV is complete: its full blocks are published, its sequence keeps the table."""
         sequence = self.peek(ticket)
+        if ticket.layer_tables is not None and layer_tokens is None:
+            message = "an import with a table per layer ends with the slots of each layer"
+            raise EngineError(message, request_id=ticket.request_id)
         del self._open[ticket.ticket_id]
-        sequence.cached = ticket.prompt_tokens
+        sequence.advance(ticket.prompt_tokens - sequence.cached, layer_tokens)
+        self._blocks.trim(sequence)
         self._blocks.publish(sequence, movable=True)
         return sequence
 
@@ -192,7 +208,13 @@ class ImportDesk:
             if start_token < ticket.cached_tokens:
                 message = f"slots below {ticket.cached_tokens} are shared and must not be written"
                 raise EngineError(message, request_id=ticket.request_id)
-            pool.write(layer, ticket.table, start_token, keys, values, ticket.generations)
+            if ticket.layer_tables is None:
+                pool.write(layer, ticket.table, start_token, keys, values, ticket.generations)
+                return
+            if not 0 <= layer < len(ticket.layer_tables):
+                message = f"layer {layer} is outside 0..{len(ticket.layer_tables) - 1}"
+                raise EngineError(message, request_id=ticket.request_id)
+            pool.write_blocks(ticket.layer_tables[layer], start_token, keys, values, ticket.layer_tags[layer])
 
         return write
 
@@ -230,8 +252,35 @@ class ImportDesk:
             prompt_tokens=tokens,
             generations=self._blocks.pool.tags(sequence.table),
             ticket_id=self._take_id(),
+            room_tokens=tokens * self._blocks.pool.layout.layers,
         )
         self._open[ticket.ticket_id] = _Open(ticket, sequence, adoption)
+        return ticket
+
+    def _reserve_layers(self, sequence: Sequence, pruning: Pruning, reserve: int) -> ImportTicket:
+        """Reserve blocks by layer for a prompt under a prefill method: nothing of it is found in or left to a cache."""
+        pool, prefix = self._blocks.pool, self._blocks.prefix
+        extra = sequence.length - pruning.prompt_tokens
+        room = [tokens + extra for tokens in pruning.room]
+        groups = pool.groups_for_blocks(sum(pool.blocks_for(tokens + 1) for tokens in room))
+        if groups + reserve > prefix.available():
+            message = f"{groups} KV blocks are needed, {prefix.available()} are available"
+            raise OverloadedError(message, request_id=sequence.request.request_id)
+        self._blocks.reserve_layers(sequence, [tokens + 1 for tokens in room])
+        tables = tuple(tuple(table.blocks) for table in sequence.ragged or ())
+        ticket = ImportTicket(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            table=(),
+            cached_tokens=0,
+            prompt_tokens=sequence.length,
+            generations=(),
+            ticket_id=self._take_id(),
+            layer_tables=tables,
+            layer_tags=tuple(tuple(pool.slab.tag(block) for block in table) for table in tables),
+            room_tokens=sum(room),
+        )
+        self._open[ticket.ticket_id] = _Open(ticket, sequence, adoption=False)
         return ticket
 
     def _held_in_use(self, sequence: Sequence, blocks: int) -> int:

@@ -117,7 +117,7 @@ class StepPlanner:
         view = WaitingView(
             order=sequence.order,
             priority=sequence.request.priority,
-            uncomputed=sequence.cached + sequence.computable - cached,
+            uncomputed=sequence.computable_from(cached),
             new_blocks=needed.blocks,
             ready=ready,
             deadline=sequence.deadline,

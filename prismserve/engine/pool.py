@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 class TableReader:
     """Reads consecutive tokens of one sequence, as numbers or as they lie in memory."""
 
-    def __init__(self, pool: KVPool, table: Sequence[int]) -> None:
+    def __init__(self, pool: KVPool, table: Sequence[int], layer_tables: Sequence[Sequence[int]] | None) -> None:
         self._pool = pool
         self._table = table
+        self._layer_tables = layer_tables
 
     def __call__(self, layer: int, start_token: int, tokens: int, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`KVPool.read_rows` or :meth:`KVPool.read`."""
+        """As :meth:`KVPool.read_rows` or :meth:`KVPool.read`."""
+        if self._layer_tables is not None:
+            return self._pool.read_blocks(self._layer_tables[layer], start_token, tokens, rows=rows)
         read = self._pool.read_rows if rows else self._pool.read
         return read(layer, self._table, start_token, tokens)
 
@@ -235,9 +238,9 @@ class KVPool:
         """
         return self._load(self._layer_blocks(layer, table, start_token, tokens), start_token, tokens, rows=True)
 
-    def reader(self, table: Sequence[int]) -> TableReader:
-        """A function that reads from these groups, for the send thread of a transfer."""
-        return TableReader(self, table)
+    def reader(self, table: Sequence[int], layer_tables: Sequence[Sequence[int]] | None = None) -> TableReader:
+        """A function for the send thread of a transfer; a ragged sequence has a table of blocks per layer."""
+        return TableReader(self, table, layer_tables)
 
     # ---- single-layer blocks ---------------------------------------------------------------------------------
 

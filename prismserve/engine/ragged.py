@@ -17,6 +17,8 @@ import torch
 from prismserve.core.errors import EngineError, InvalidRequestError, OutOfBlocksError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Items
+
     from prismserve.engine.pool import KVPool
     from prismserve.engine.prefix_cache import PrefixCache
     from prismserve.engine.sequence import Sequence
@@ -131,6 +133,47 @@ class RaggedLayers:
             sequence.taps.compact(layer, rows)
         sequence.publishable = False
         sequence.compactions.append(Compaction(sequence.cached, layer, keep.detach().to("cpu").clone()))
+
+    def open(self, sequence: Sequence, matched: Items[int], base: int, room: Items[int]) -> None:
+        """Make a sequence that holds nothing ragged, with room for so many slots in each layer.
+
+        Args:
+            sequence: gets a base of whole groups, and tables by layer behind it.
+            matched: groups from the prefix cache that hold the first slots.
+            base: slots of the base, a whole number of blocks.
+            room: slots of each layer, the base included.
+
+        Raises:
+            OutOfBlocksError: too few blocks; the sequence is unchanged.
+        """
+        pool, groups = self._pool, base // self._pool.block_tokens
+        held = list(matched)
+        pool.retain(held)
+        try:
+            held += self._prefix.allocate(groups - len(held))
+            fresh = self._prefix.allocate_blocks(self.missing_of(room, groups))
+        except OutOfBlocksError:
+            self._prefix.release(held)
+            raise
+        sequence.table, sequence.ragged = held, []
+        sequence.published = len(matched)
+        sequence.cached = sequence.prefix_tokens = len(matched) * pool.block_tokens
+        for layer, tokens in enumerate(room):
+            own = max(0, pool.blocks_for(tokens) - groups)
+            blocks = [group * pool.layout.layers + layer for group in held] + fresh[:own]
+            del fresh[:own]
+            sequence.ragged.append(LayerTable(blocks, sequence.cached, groups))
+
+    def missing_of(self, room: Items[int], groups: int) -> int:
+        """Single-layer blocks that :meth:`open` takes beside a base of ``groups`` groups."""
+        return sum(max(0, self._pool.blocks_for(tokens) - groups) for tokens in room)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back owned blocks behind the last slot of each layer."""
+        for table in sequence.ragged or ():
+            used = max(table.shared, self._pool.blocks_for(table.tokens))
+            self._pool.free_blocks(table.blocks[used:])
+            del table.blocks[used:]
 
     def missing(self, sequence: Sequence, tokens: int) -> int:
         """Single-layer blocks a ragged sequence still needs before ``tokens`` more tokens fit every layer."""

@@ -9,6 +9,7 @@ import torch
 
 from prismserve.core.errors import EngineError
 from prismserve.engine.attention import PagedAttention
+from prismserve.engine.cutting import CuttingAttention, enter_layer, join_positions
 from prismserve.engine.masking import MaskedAttention
 from prismserve.engine.tapped import TappedAttention, tapped
 from prismserve.kernels.dispatch import use_triton_on
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from prismserve.engine import sequence as sequences
+    from prismserve.engine.cutting import Stage
     from prismserve.engine.graphs import DecodeGraphs
     from prismserve.engine.pool import KVPool
     from prismserve.models.base import VisionLanguageModel
@@ -32,12 +34,23 @@ class RunItem:
         start: first slot to compute; all before it hold KV.
         tokens: slots to compute.
         samples: whether logits of the last slot are wanted.
+        stage: what happens to the rows between the layers, where the sequence's prompt is under a prefill method.
     """
 
     sequence: sequences.Sequence
     start: int
     tokens: int
     samples: bool
+    stage: Stage | None = None
+
+    def rows(self, layer: int) -> int:
+        """Rows of the batch that are this run's in a layer, once the layer has begun."""
+        return self.tokens if self.stage is None else self.stage.counts[layer]
+
+    def slots(self, layer: int) -> tuple[int, int]:
+        """First cache slot of the layer that the run fills, and how many; before the sequence has advanced."""
+        ragged = self.sequence.ragged
+        return self.start if ragged is None else ragged[layer].tokens, self.rows(layer)
 
 
 class ModelRunner:
@@ -54,7 +67,7 @@ class ModelRunner:
         """Compute the items and write their KV. Nothing may change a table of theirs meanwhile.
 
         Args:
-            items: at least one; different sequences, ragged ones last.
+            items: at least one; different sequences, ragged ones after the others, those with a stage last.
             layer_done: called with the layer's index once the KV of all items is final in that layer.
 
         Returns:
@@ -66,10 +79,16 @@ class ModelRunner:
         ids, positions, slots = self._inputs(items)
         x = decoder.embed(ids)
         deepstack = self._place_images(x, items)
-        attention = self._attention(items, slots)
+        stages = [item.stage for item in items if item.stage is not None]
+        attention = self._attention(items, slots, stages)
         rotary = decoder.rotary(positions)
         taps = attention if isinstance(attention, TappedAttention) else None
         for layer in range(decoder.config.layers):
+            if stages:
+                x, positions, angles = enter_layer(layer, x, positions, stages, decoder, self._pool)
+                rotary = rotary if angles is None else angles
+                if x.shape[0] == 0:
+                    break
             if taps is not None:
                 taps.enter(layer, x)
             x = decoder.layer(layer, x, rotary, attention)
@@ -80,33 +99,39 @@ class ModelRunner:
         rows: list[int] = []
         end = 0
         for item in items:
-            end += item.tokens
+            end += item.rows(decoder.config.layers - 1)
             if item.samples:
                 rows.append(end - 1)
         if len(rows) < x.shape[0]:
             x = x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
         return decoder.logits(x)
 
-    def _attention(self, items: Sequence[RunItem], slots: torch.Tensor) -> AttentionBackend:
+    def _attention(self, items: Sequence[RunItem], slots: torch.Tensor, stages: Sequence[Stage]) -> AttentionBackend:
         uniform = [item for item in items if item.sequence.ragged is None]
         if any(item.sequence.ragged is not None for item in items[: len(uniform)]):
             message = "ragged sequences must come last in a batch"
             raise EngineError(message)
+        layers = self._model.decoder.config.layers
         paged = PagedAttention(
             self._pool,
             [item.sequence.table for item in uniform],
             [item.start for item in uniform],
             [item.tokens for item in uniform],
             slots,
-            [(item.sequence.ragged or (), item.tokens) for item in items[len(uniform) :]],
+            [
+                (item.sequence.ragged or (), [item.tokens] * layers if item.stage is None else item.stage.counts)
+                for item in items[len(uniform) :]
+            ],
         )
         config = self._model.decoder.config
         masked = bool(config.windows) or config.bidirectional_images
-        attention = MaskedAttention(paged, config, self._pool, items, slots) if masked else paged
+        attention: AttentionBackend = MaskedAttention(paged, config, self._pool, items, slots) if masked else paged
+        if stages:
+            attention = CuttingAttention(attention, stages, self._model.decoder, self._pool)
         if not tapped(items):
             return attention
         # The kernels return log-sum-exps at no cost; the fused attention of a CPU does not, and must not be replaced.
-        with_lse = paged.attend_with_lse if not masked and use_triton_on(self._pool.device) else None
+        with_lse = paged.attend_with_lse if not masked and not stages and use_triton_on(self._pool.device) else None
         return TappedAttention(attention, self._pool, items, config, with_lse)
 
     def _inputs(self, items: Sequence[RunItem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,7 +161,7 @@ class ModelRunner:
             ids, positions, slots = pieces[0]
         else:
             parts = list(zip(*pieces, strict=True))
-            ids, positions, slots = torch.cat(parts[0]), _joined(parts[1]), torch.cat(parts[2])
+            ids, positions, slots = torch.cat(parts[0]), join_positions(parts[1]), torch.cat(parts[2])
         device = self._pool.device
         return ids.to(device), positions.to(device), slots.to(device)
 
@@ -179,10 +204,3 @@ class ModelRunner:
         x[rows] = wide[:, :width]
         layers = wide.shape[1] // width
         return (rows, wide.view(-1, layers, width).unbind(1)[1:]) if layers > 1 else None
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Positions [T] of all parts, or [3, T] if some have three components; those with one repeat it."""
-    if any(part.dim() > 1 for part in parts):
-        parts = [part if part.dim() > 1 else part.expand(3, -1) for part in parts]
-    return torch.cat(list(parts), dim=-1)

@@ -14,9 +14,12 @@ from prismserve.core.types import MediaSegment, TextSegment
 from prismserve.engine.sampler import is_plain
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Items
+
     from prismserve.core.types import Request
     from prismserve.engine.constraints import Matcher
     from prismserve.engine.image_cache import VisualTokens
+    from prismserve.engine.pruning import Pruning
     from prismserve.engine.ragged import Compaction, LayerTable
     from prismserve.engine.sampler import TokenBias, TokenCounts
     from prismserve.engine.swap import SwappedKV
@@ -79,6 +82,7 @@ class Sequence:
     layer, and ``table`` only the whole groups that some layer still shares. ``compactions`` were done to the KV held,
     ``replay`` are still to be done to it because it is being computed again. ``swapped`` is the KV of a preempted
     sequence in host memory. What is ``streamed`` is read by an export layer by layer and must not be compacted.
+    ``pruning`` are the cuts of a prefill method; the ``keys`` of such a sequence end with the text before its first image.
     ``first_position`` is that of the first generated token. ``plain`` requests choose greedily without further options.
     """
 
@@ -100,6 +104,7 @@ class Sequence:
     replay: list[Compaction] = field(default_factory=list)
     swapped: SwappedKV | None = None
     taps: Taps | None = None
+    pruning: Pruning | None = None
     prefix_tokens: int = 0
     images: dict[bytes, VisualTokens] = field(default_factory=dict)
     spans: tuple[ImageSpan, ...] = ()
@@ -158,8 +163,21 @@ class Sequence:
 
     @property
     def computable(self) -> int:
-        """Known slots without KV that come before the next compaction to be repeated."""
-        return self.uncomputed if not self.replay else self.replay[0].at - self.cached
+        """Known slots without KV that can be computed in one go."""
+        return self.computable_from(self.cached)
+
+    def computable_from(self, cached: int) -> int:
+        """Slots that can be computed in one go behind ``cached`` ones.
+
+        A compaction to be repeated ends the run, and so does the end of each stage of a prompt under a prefill method.
+        """
+        end = self.length if not self.replay else self.replay[0].at
+        return (end if self.pruning is None else min(end, self.pruning.stop(cached))) - cached
+
+    @property
+    def staged(self) -> bool:
+        """Whether the next slot belongs to a prompt that passes through cuts."""
+        return self.pruning is not None and self.pruning.staged(self.cached)
 
     @property
     def match_limit(self) -> int:
@@ -171,6 +189,8 @@ class Sequence:
         limit = self.length - 1
         if self.replay:
             limit = min(limit, self.replay[0].at - 1)
+        if self.pruning is not None:
+            limit = min(limit, self.pruning.base)
         return limit if self.taps is None else min(limit, self.taps.first_slot(self.length))
 
     @property
@@ -197,17 +217,23 @@ class Sequence:
         """Add a generated token; extends the key chain when a block's elements become complete."""
         self.slots.append(token)
         self.generated.append(token)
-        if len(self.slots) % block_tokens == 0:
+        if self.pruning is None and len(self.slots) % block_tokens == 0:
             parent = self.keys[-1] if self.keys else self.namespace
             self.keys.append(block_key(parent, self.slots[-block_tokens:]))
 
-    def advance(self, tokens: int) -> None:
-        """``tokens`` more slots hold KV, in every layer."""
+    def prune(self, pruning: Pruning | None, block_tokens: int) -> None:
+        """Put the prompt under a prefill method, before anything was allocated."""
+        self.pruning = pruning
+        if pruning is not None:
+            self.keys = self.keys[: pruning.base // block_tokens]
+
+    def advance(self, tokens: int, layer_counts: Items[int] | None = None) -> None:
+        """``tokens`` more slots are computed; ``layer_counts`` of them hold KV in each layer, all if it is None."""
         self.cached += tokens
         if self.taps is not None:
             self.taps.advance(self.cached)
-        for table in self.ragged or ():
-            table.tokens += tokens
+        for layer, table in enumerate(self.ragged or ()):
+            table.tokens += tokens if layer_counts is None else layer_counts[layer]
 
     def layer_tokens(self, layers: int) -> tuple[int, ...]:
         """Slots that hold KV in each of ``layers`` layers."""
@@ -259,6 +285,8 @@ class Sequence:
             self.taps.reset()
         self.ids = self.positions = None
         self.state = State.WAITING
+        if self.pruning is not None:
+            self.pruning.restart()
 
     def images_within(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """(first, end) slots of the images that overlap [start, end)."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prismserve.core.errors import OutOfBlocksError, PrismServeError, outcome_text
 from prismserve.core.types import FinishReason, PrefillReport, TextSegment, TokenOutput
+from prismserve.engine.cutting import Stage
 from prismserve.engine.finish import blocked_tokens, finish_reason, no_token_error
 from prismserve.engine.imports import ExportView
 from prismserve.engine.logprobs import RawScores
@@ -243,8 +244,9 @@ class Stepper:
             tokens = min(chunk.tokens, sequence.computable)
             if self._model.decoder.config.bidirectional_images:
                 tokens = sequence.whole_images(sequence.cached, tokens)
-            items.append(RunItem(sequence, sequence.cached, tokens, samples=tokens == sequence.uncomputed))
-        return sorted(items, key=lambda item: item.sequence.ragged is not None)
+            stage = Stage(sequence, tokens, self._blocks.pool.layout.layers) if sequence.staged else None
+            items.append(RunItem(sequence, sequence.cached, tokens, tokens == sequence.uncomputed, stage))
+        return sorted(items, key=lambda item: (item.sequence.ragged is not None, item.stage is not None))
 
     # ---- computing -------------------------------------------------------------------------------------------
 
@@ -256,7 +258,9 @@ class Stepper:
         tokens, logprobs = self._sample(logits, sampling) if sampling else ([], {})
         for item in items:
             sequence = item.sequence
-            sequence.advance(item.tokens)
+            sequence.advance(item.tokens, None if item.stage is None else item.stage.counts)
+            if item.stage is not None and item.stage.final:
+                self._blocks.trim(sequence)
             self._blocks.publish(sequence, movable=sequence.order not in self._sinks)
         self._repeat_compactions(item.sequence for item in items)
         for order, message in broken.items():
@@ -283,7 +287,9 @@ class Stepper:
                 if order in broken:
                     continue
                 try:
-                    self._sinks[order].layer_ready(layer, item.start, item.tokens)
+                    start, tokens = item.slots(layer)
+                    if tokens:
+                        self._sinks[order].layer_ready(layer, start, tokens)
                 except PrismServeError as error:
                     broken[order] = error.message
 
@@ -354,7 +360,7 @@ class Stepper:
     # ---- measuring -------------------------------------------------------------------------------------------
 
     def _report(self, sequence: Sequence) -> PrefillReport:
-        timings, prompt = sequence.timings, sequence.request.prompt
+        timings, prompt, layout = sequence.timings, sequence.request.prompt, self._blocks.pool.layout
         images = len(sequence.spans)
         hits = max(0, images - timings.images_encoded)
         self.counters.image_queries += images
@@ -367,8 +373,9 @@ class Stepper:
             images_cached=hits,
             encode_ms=timings.encode_s * 1e3,
             prefill_ms=(now - (timings.started if timings.started is not None else now)) * 1e3,
-            kv_bytes_raw=prompt.raw_tokens * self._blocks.pool.layout.token_bytes,
-            kv_bytes_kept=prompt.tokens * self._blocks.pool.layout.token_bytes,
+            kv_bytes_raw=prompt.raw_tokens * layout.token_bytes,
+            kv_bytes_kept=_prompt_slots(sequence, layout.layers) * layout.token_layer_bytes,
+            visual_tokens_by_cut=() if sequence.pruning is None else tuple(sequence.pruning.kept),
         )
 
     def _measure(self, started: float, items: list[RunItem]) -> None:
@@ -380,3 +387,10 @@ class Stepper:
         self.step_ms.add(elapsed * 1e3)
         if prefilled:
             self.prefill_rate.add(prefilled / elapsed)
+
+
+def _prompt_slots(sequence: Sequence, layers: int) -> int:
+    """Cache slots over all layers that the prompt was left with."""
+    if sequence.pruning is None:
+        return sequence.request.prompt.tokens * layers
+    return sum(sequence.layer_tokens(layers)) - layers * (sequence.cached - sequence.pruning.prompt_tokens)

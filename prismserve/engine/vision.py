@@ -1,10 +1,12 @@
-"""From encoded image files to decoder inputs: decode, preprocess, encode, compress, project."""
+"""From image files and frames of videos to decoder inputs: decode, preprocess, encode, compress, project."""
 
 from __future__ import annotations
 
 import io
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -12,6 +14,7 @@ from prismserve.compression.apply import apply_visual
 from prismserve.compression.base import VisualFeatures
 from prismserve.compression.loader import visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
+from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import VisualTokens
 
 if TYPE_CHECKING:
@@ -19,17 +22,17 @@ if TYPE_CHECKING:
 
     from prismserve.core.types import MediaInput, MethodSpec
     from prismserve.engine.image_cache import ImageCache
-    from prismserve.models.base import EncodedImage, ImageInputs, VisionLanguageModel
+    from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
     from prismserve.models.processing import Processor
 
 _SEED_BYTES = 8
 
 
 class VisionPipeline:
-    """Encodes images into the image cache and counts what it did.
+    """Encodes images and videos into the image cache and counts what it did.
 
     Attributes:
-        encoded: images encoded.
+        encoded: images and videos encoded.
     """
 
     def __init__(self, model: VisionLanguageModel, processor: Processor, cache: ImageCache) -> None:
@@ -40,8 +43,16 @@ class VisionPipeline:
         self.encoded = 0
 
     def inputs(self, media: Sequence[MediaInput], index: int) -> ImageInputs:
-        """Decode and preprocess image ``index`` of a request; InvalidRequestError if it is not what was said."""
+        """Decode and preprocess item ``index`` of a request; InvalidRequestError if it is not what was said."""
         entry = media[index]
+        if entry.times is not None:
+            shape = (entry.frames, entry.height_px, entry.width_px, 3)
+            if len(entry.data) != math.prod(shape):
+                message = f"video {index} has {len(entry.data)} bytes, its size asks for {math.prod(shape)}"
+                raise InvalidRequestError(message, field="media")
+            frames = np.frombuffer(entry.data, np.uint8).reshape(shape)
+            return self._processor.preprocess_video(frames, entry.times)
+        images = sum(item.kind is MediaKind.IMAGE for item in media)
         try:
             with Image.open(io.BytesIO(entry.data)) as image:
                 if image.size != (entry.width_px, entry.height_px):
@@ -51,7 +62,7 @@ class VisionPipeline:
                     )
                     raise InvalidRequestError(message, field="media")
                 image.load()
-                return self._processor.preprocess(image, images=len(media))
+                return self._processor.preprocess(image, images=images)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             message = f"image {index} cannot be decoded: {error}"
             raise InvalidRequestError(message, field="media") from error
@@ -59,39 +70,33 @@ class VisionPipeline:
     def encode(
         self, keys: Sequence[bytes], media: Sequence[MediaInput], inputs: Sequence[ImageInputs], spec: MethodSpec
     ) -> list[VisualTokens]:
-        """Encode, reduce and project a batch of images under one visual method.
+        """Encode, reduce and project a batch of images and videos under one visual method.
 
         Args:
-            keys: ``MediaSegment.key`` of each image.
-            media: the images, for their seeds.
+            keys: ``MediaSegment.key`` of each.
+            media: the items, for their kinds and seeds.
             inputs: from :meth:`inputs`.
             spec: normalised visual method.
 
         Returns:
-            One entry per image, also put into the cache.
+            One entry per item, also put into the cache.
 
         Raises:
             InvalidRequestError: the method cannot act on this model's tokens.
         """
         needs = frozenset(str(need) for need in visual_method(spec.name).needs)
-        reducible = self._processor.reducible
-        if spec.name != "none" and (reducible is None or needs - reducible):
-            message = f"visual method {spec.name!r} cannot act on the tokens of this model"
-            raise InvalidRequestError(message, field="compression.visual")
+        for kind in {item.kind for item in media} if spec.name != "none" else ():
+            reducible = self._processor.reducible_of(kind)
+            if reducible is None or needs - reducible:
+                message = f"visual method {spec.name!r} cannot act on the {kind} tokens of this model"
+                raise InvalidRequestError(message, field="compression.visual")
         encoded = self._model.encode_images(inputs, needs)
         if len(encoded) != len(keys):
             message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
             raise EngineError(message)
         results: list[VisualTokens] = []
         for key, item, prepared, image in zip(keys, media, inputs, encoded, strict=True):
-            features = VisualFeatures(
-                tokens=image.tokens,
-                grid=image.grid,
-                seed=item.pixel_hash[:_SEED_BYTES],
-                cls_attention=image.cls_attention,
-                keys=image.keys,
-            )
-            tokens, indices = apply_visual(features, spec)
+            tokens, indices = _reduced(image, prepared.layout, item.pixel_hash[:_SEED_BYTES], spec)
             places = indices.cpu()
             positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
             embeds = _with_deepstack(self._model.project(tokens), image, indices)
@@ -100,6 +105,40 @@ class VisionPipeline:
             results.append(visual)
         self.encoded += len(results)
         return results
+
+
+def _reduced(
+    image: EncodedImage, layout: ImageLayout, seed: bytes, spec: MethodSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left of an image or video, [k, C], and in which of its slots, [k] int64 ascending.
+
+    A method sees the tokens that stand in the raster of a picture or of frames; what stands around them is kept.
+    """
+    raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
+    features = VisualFeatures(
+        tokens=image.tokens if raster is None else image.tokens[raster],
+        grid=image.grid,
+        seed=seed,
+        cls_attention=_columns(image.cls_attention, raster),
+        keys=_rows(image.keys, raster),
+        frames=layout.frames,
+    )
+    tokens, indices = apply_visual(features, spec)
+    if raster is None:
+        return tokens, indices
+    kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
+    kept[raster] = False
+    kept[raster[indices]] = True
+    whole = image.tokens.index_copy(0, raster[indices], tokens)
+    return whole[kept], kept.nonzero()[:, 0]
+
+
+def _rows(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor if tensor is None or rows is None else tensor[rows]
+
+
+def _columns(tensor: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor if tensor is None or columns is None else tensor[:, columns]
 
 
 def _with_deepstack(embeds: torch.Tensor, image: EncodedImage, indices: torch.Tensor) -> torch.Tensor:

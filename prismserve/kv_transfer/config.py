@@ -29,7 +29,7 @@ class TransferConfig(FrozenConfig):
             first link opens, then real transfers; a later one must be 1.25 times as fast as one named before it);
             "order" takes the first that works.
         probe_interval_s: links to a peer that is written to are measured again after this long.
-        host: address that transports which listen bind to; peers must reach it.
+        host: address that transports which listen bind to; a worker puts its own here.
         notify_timeout_s: after a commit, how long a payload that has not arrived intact is waited for.
         write_timeout_s: how long one write, or the wait for staging memory, may take.
         write_attempts: how often one write is tried, over all links, before the transfer fails.
@@ -39,6 +39,8 @@ class TransferConfig(FrozenConfig):
         pieces_queued_max: pieces of one transfer that wait to be encoded.
         link_backoff_s: how long a link is passed over after its first failure; doubles with each further one.
         link_backoff_max_s: upper end of that doubling.
+        receive_spin_s: after something has arrived over a transport that cannot wake a sleeping thread, it is asked
+            without pause for this long: most of what such a transport still has to do needs the receiver's help.
         poll_interval_s: pause between looks at a transport that cannot wake a sleeping thread, while leases are open.
     """
 
@@ -60,7 +62,8 @@ class TransferConfig(FrozenConfig):
     pieces_queued_max: PositiveInt = 8192
     link_backoff_s: PositiveSeconds = 0.5
     link_backoff_max_s: PositiveSeconds = 30.0
-    poll_interval_s: PositiveSeconds = 0.0005
+    receive_spin_s: float = Field(default=0.001, ge=0.0, le=1.0)
+    poll_interval_s: PositiveSeconds = 0.0001
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

@@ -53,6 +53,11 @@ def reserve_bytes(tokens: int, codec: MethodSpec, layout: KVLayout, slots: Slots
     )
 
 
+def reserve_layers_bytes(layer_tokens: int, codec: MethodSpec, layout: KVLayout) -> int:
+    """Bytes to reserve for ``layer_tokens`` tokens, counted once in each layer that holds them."""
+    return -(-layer_tokens * bytes_per_token_bound(codec, layout) // layout.layers)
+
+
 def cut(start_token: int, tokens: int, token_bytes: int, bytes_max: int) -> Iterator[tuple[int, int]]:
     """Cut a run of tokens into (start, tokens) of nearly equal length, each at most ``bytes_max`` before encoding."""
     longest = max(1, bytes_max // token_bytes)

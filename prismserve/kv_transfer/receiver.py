@@ -26,7 +26,7 @@ from prismserve.kv_transfer.manifest import Expected, verify
 from prismserve.kv_transfer.wire import decode_notification
 
 _IDLE_WAIT_S: Final = 0.5
-_QUIET_POLL_MAX_S: Final = 0.004
+_QUIET_POLL_MAX_S: Final = 0.001
 _QUARANTINE_POLL_S: Final = 0.02
 _REASONS_MAX: Final = 256
 _MILLISECOND: Final = 0.001
@@ -238,14 +238,18 @@ class Receiver:
 
     def _run(self) -> None:
         pause_s = self._config.poll_interval_s
+        spin_until_s = 0.0
         while not self._closed:
             arrived = self._poll()
             for raw in arrived:
                 self._accept(raw)
             self._settle()
             self.expire()
+            now_s = self._hub.clock()
+            if arrived and self._must_ask:
+                spin_until_s = now_s + self._config.receive_spin_s
             pause_s = self._config.poll_interval_s if arrived else min(pause_s * 1.25, _QUIET_POLL_MAX_S)
-            if self._wait(pause_s):
+            if self._wait(0.0 if now_s < spin_until_s else pause_s):
                 pause_s = self._config.poll_interval_s
 
     def _wait(self, pause_s: float) -> bool:

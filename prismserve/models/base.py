@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from PIL import Image
     from transformers.configuration_utils import PretrainedConfig
 
+    from prismserve.core.types import FrameTimes
     from prismserve.models.config import DecoderConfig
     from prismserve.models.decoder import Decoder
 
@@ -20,16 +22,20 @@ NEED_ENCODER_KEYS = "encoder_keys"
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """What one image takes up in the decoder, known from its size alone.
+    """What one image or video takes up in the decoder, known from its size (and times) alone.
 
     Attributes:
         tokens: cache slots.
         grid: (rows, columns) of the visual tokens in raster order, where the image is one picture and nothing else;
-            (1, tokens) where tiles follow one another or text stands between them.
+            (1, tokens) where tiles follow one another or text stands between them. Of a video, those of one frame.
         ids: token id of every slot, where some hold text; the others hold the image token. None if all hold it.
         positions: [3, tokens] int64 time, row and column of every slot, counted from the image's first position; None
             where every slot has a position of its own.
         position_span: how far the position of what follows lies behind the first; None as above.
+        position_reach: one more than the last position, counted from the first; None where that is the span.
+        frames: of a video, how many frames of ``grid`` its tokens stand in; 1 for an image.
+        raster: [frames * rows * columns] int64, ascending: the slots that stand in the frames; None if all do. The
+            others (text, a closing token) are kept whatever a method does.
     """
 
     tokens: int
@@ -37,15 +43,27 @@ class ImageLayout:
     ids: tuple[int, ...] | None = None
     positions: torch.Tensor | None = None
     position_span: int | None = None
+    position_reach: int | None = None
+    frames: int = 1
+    raster: torch.Tensor | None = None
+
+    @property
+    def raster_tokens(self) -> int:
+        """Slots that a method may choose among."""
+        return self.tokens if self.raster is None else len(self.raster)
+
+    def kept(self, raster_tokens: int) -> int:
+        """Cache slots that are left when ``raster_tokens`` of those in the raster are."""
+        return self.tokens - self.raster_tokens + raster_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInputs:
-    """One image ready for the vision encoder.
+    """One image or video ready for the vision encoder.
 
     Attributes:
-        tensors: what the encoder takes, by the names transformers gives it; a batch of this image alone.
-        layout: what the image takes up.
+        tensors: what the encoder takes, by the names transformers gives it; a batch of this image or video alone.
+        layout: what it takes up.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -59,12 +77,12 @@ class ImageInputs:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image after the vision encoder, before the projector.
+    """One image or video after the vision encoder, before the projector; N are all its slots.
 
     Attributes:
         tokens: [N, C] features of the layer(s) the projector reads; C is the projector's input width. Decoder
             embeddings already, where the family's ``project`` is the identity.
-        grid: (rows, columns), rows x columns = N, raster order.
+        grid: that of the layout.
         cls_attention: [H, N] float32, softmax attention of the class token to the tokens in the encoder layer that
             made them; rows sum to 1 minus the class token's own share. For an encoder without class token, the mean
             attention each token receives. None unless asked for.
@@ -105,11 +123,27 @@ class ImageShape:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoShape:
+    """How a family turns videos into tokens.
+
+    Attributes:
+        reducible: what a method that reduces the tokens standing in frames may ask of the encoder; see
+            :class:`ImageShape`.
+    """
+
+    reducible: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a configuration says about a model: its decoder, and its images if it sees any."""
+    """What a configuration says about a model: its decoder, and its images and videos if it sees any.
+
+    A model with ``video`` has ``image`` too, and its family is a :class:`VideoFamily`.
+    """
 
     decoder: DecoderConfig
     image: ImageShape | None = None
+    video: VideoShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +179,7 @@ class VisionLanguageModel(Protocol):
         """Run the vision encoder.
 
         Args:
-            images: what ``Processor.preprocess`` returned; none is affected by the others.
+            images: what ``Processor.preprocess`` or ``preprocess_video`` returned; none is affected by the others.
             needs: of ``cls_attention`` and ``encoder_keys``, what to compute beside the tokens.
 
         Raises:
@@ -190,6 +224,28 @@ class ImageRecipe(Protocol):
         ...
 
 
+class VideoRecipe(Protocol):
+    """How a family turns the frames of a video into slots of the decoder and inputs of its encoder; needs no weights.
+
+    Attributes:
+        placeholder_id: the token a chat template writes for a video, found once where the video stands.
+        before: text that stands before the video wherever the template writes the placeholder.
+        after: text that stands after it.
+    """
+
+    placeholder_id: int
+    before: str
+    after: str
+
+    def layout(self, height_px: int, width_px: int, times: FrameTimes) -> ImageLayout:
+        """What a video of this frame size takes up; ValueError for one the model cannot take."""
+        ...
+
+    def tensors(self, frames: np.ndarray[Any, Any]) -> Mapping[str, torch.Tensor]:
+        """What the encoder takes for RGB frames, uint8 [frames, height, width, 3], by name."""
+        ...
+
+
 class ImageTools(Protocol):
     """What a recipe may use of a checkpoint beside its configuration."""
 
@@ -212,6 +268,10 @@ class ImageTools(Protocol):
 
     def settings(self) -> Mapping[str, Any]:
         """What ``processor_config.json`` says about the processor as a whole; empty if there is none."""
+        ...
+
+    def video_settings(self) -> Mapping[str, Any]:
+        """What the checkpoint says about its video processor, from the file transformers would read."""
         ...
 
 
@@ -241,4 +301,13 @@ class Family(Protocol):
         dtype: torch.dtype,
     ) -> VisionLanguageModel:
         """Allocate the model; its parameters are set afterwards, through ``weight_targets``."""
+        ...
+
+
+@runtime_checkable
+class VideoFamily(Protocol):
+    """What a family of models that see videos has beside :class:`Family`."""
+
+    def videos(self, config: PretrainedConfig, shape: ImageShape, tools: ImageTools) -> VideoRecipe:
+        """How videos are read; asked only where ``shape`` has a video."""
         ...

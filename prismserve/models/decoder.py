@@ -81,8 +81,8 @@ class DecoderLayer(nn.Module):
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return decoder_norm(x, weight, self.config)
 
-    def forward(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+    def project(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T, H, d] and keys [T, kv_heads, d] after RoPE, and values [T, kv_heads, d], of what enters [T, D]."""
         config = self.config
         tokens, heads = x.shape[0], config.heads
         angles = rotary[self.rotary_kind]
@@ -97,6 +97,12 @@ class DecoderLayer(nn.Module):
             q, k = qk[:, :heads], qk[:, heads:]
         if config.query_scale != 1.0:
             q = q * config.query_scale
+        return q, k, v
+
+    def forward(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
+        """[T, D] to [T, D]."""
+        tokens = x.shape[0]
+        q, k, v = self.project(x, rotary)
         attended = attention.attend(index, q, k, v).reshape(tokens, -1)
         attended = functional.linear(attended, self.output_weight, self.output_bias)
         x = x + (attended if self.attended_norm is None else self._norm(attended, self.attended_norm))
@@ -204,6 +210,11 @@ class Decoder(nn.Module):
         """Run one layer: [T, D] to [T, D]."""
         block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
         return block.forward(index, x, rotary, attention)
+
+    def project(self, index: int, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values that a layer would compute of its input [T, D], without running it."""
+        block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
+        return block.project(x, rotary)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head over the rows given: [T, D] to [T, V] float32."""

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from prismserve.models.base import ImageShape, ImageTools
 
 
-def grid_positions(rows: int, columns: int) -> torch.Tensor:
-    """[3, rows * columns] int64 time, row and column of a picture's tokens in raster order; its time is 0."""
-    grid = torch.meshgrid(torch.arange(1), torch.arange(rows), torch.arange(columns), indexing="ij")
+def grid_positions(rows: int, columns: int, *, frames: int = 1, interval: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """[3, frames * rows * columns] int64 time, row and column of tokens in raster order, frame after frame.
+
+    The times of frames lie ``interval`` apart and are cut to integers; that of a picture is 0.
+    """
+    seconds = (torch.arange(frames) * interval).long()
+    grid = torch.meshgrid(seconds, torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack(grid).reshape(3, -1)
 
 

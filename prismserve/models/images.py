@@ -67,6 +67,14 @@ class CheckpointTools:
         path = self._directory / "processor_config.json"
         return read_json(path) if path.is_file() else {}
 
+    def video_settings(self) -> Mapping[str, Any]:
+        """What the checkpoint says about its video processor, from the file transformers would read."""
+        nested = self.settings().get("video_processor")
+        if nested is not None:
+            return dict(nested)
+        paths = (self._directory / name for name in ("video_preprocessor_config.json", "preprocessor_config.json"))
+        return next((read_json(path) for path in paths if path.is_file()), {})
+
 
 class Recipe:
     """The parts most recipes share; see :class:`prismserve.models.base.ImageRecipe`."""

@@ -14,20 +14,23 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.hashing import canonical_json, digest
-from prismserve.models.base import ImageInputs
+from prismserve.core.types import MediaKind
+from prismserve.models.base import ImageInputs, VideoFamily
 from prismserve.models.checkpoint import read_checkpoint, read_json
 from prismserve.models.detokenizer import IncrementalDetokenizer
 from prismserve.models.images import CheckpointTools
 from prismserve.models.tokenization import GuardedTokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-    from prismserve.models.base import ImageLayout, ImageRecipe
+    from prismserve.core.types import FrameTimes
+    from prismserve.models.base import ImageLayout, ImageRecipe, VideoRecipe
     from prismserve.models.checkpoint import Checkpoint
 
-__all__ = ["ChatMessage", "ImageSlot", "IncrementalDetokenizer", "Part", "Processor"]
+__all__ = ["ChatMessage", "ImageSlot", "IncrementalDetokenizer", "MediaSlot", "Part", "Processor", "VideoSlot"]
 
 _ROLE: Final = re.compile(r"[a-z][a-z_]{0,31}")
 _IMAGE_FILES: Final = ("preprocessor_config.json", "processor_config.json")
@@ -36,17 +39,25 @@ _PIXEL_MODES: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK
 
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
-    """The place of image ``index`` of the request, in a message or among token ids."""
+    """The place of an image in a message or among token ids; ``index`` counts the media of the request."""
 
     index: int
 
 
-Part: TypeAlias = str | ImageSlot
+@dataclass(frozen=True, slots=True)
+class VideoSlot:
+    """The place of a video in a message or among token ids; ``index`` counts the media of the request."""
+
+    index: int
+
+
+MediaSlot: TypeAlias = ImageSlot | VideoSlot
+Part: TypeAlias = str | MediaSlot
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message: a role (``system``, ``user``, ``assistant``) and its texts and images in order."""
+    """One message: a role (``system``, ``user``, ``assistant``) and its texts, images and videos in order."""
 
     role: str
     parts: tuple[Part, ...]
@@ -59,6 +70,7 @@ class Processor:
         tokenizer: the checkpoint's own tokenizer.
         eos_token_ids: any of them ends generation.
         image_token_id: what fills the slots of an image, None for a text-only model.
+        placeholder_ids: tokens that stand for images and videos, in token ids or in a template.
         max_model_len: usable context in tokens.
         vocab_size: width of the model's logits; may exceed the tokenizer's vocabulary.
         fingerprint: 32 bytes over all that decides which pixels an image becomes, and how many tokens.
@@ -67,6 +79,7 @@ class Processor:
     def __init__(self, checkpoint: Checkpoint, tokenizer: TokenizersBackend) -> None:
         self._checkpoint = checkpoint
         self._image = checkpoint.shape.image
+        self._video = checkpoint.shape.video
         self.tokenizer = tokenizer
         self.eos_token_ids = checkpoint.eos_token_ids or frozenset(
             () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
@@ -75,7 +88,9 @@ class Processor:
         self.vocab_size = checkpoint.shape.decoder.vocab_size
         self.image_token_id = self._image.image_token_id if self._image else None
         self._tools = CheckpointTools(checkpoint.directory, tokenizer)
-        self._guarded = GuardedTokenizer(tokenizer, self._placeholders())
+        self.placeholder_ids = self._placeholder_ids()
+        spellings = frozenset(self._tools.token_text(token_id) for token_id in self.placeholder_ids)
+        self._guarded = GuardedTokenizer(tokenizer, spellings)
         self._template = _chat_template(checkpoint.directory, tokenizer)
         self.fingerprint = self._fingerprint()
 
@@ -107,6 +122,11 @@ class Processor:
         """Whether the model sees."""
         return self._image is not None
 
+    @property
+    def supports_videos(self) -> bool:
+        """Whether the model sees videos."""
+        return self._video is not None
+
     def _fingerprint(self) -> bytes:
         if self._image is None:
             return digest("processor")
@@ -123,18 +143,30 @@ class Processor:
         return self._checkpoint.family.images(self._checkpoint.config, self._image, self._tools)
 
     @functools.cached_property
-    def _framing(self) -> tuple[str, str]:
-        """What a template writes for an image, and what is tokenized there: the image token in the family's frame."""
+    def _video_recipe(self) -> VideoRecipe:
+        family = self._checkpoint.family
+        if self._image is None or self._video is None or not isinstance(family, VideoFamily):
+            message = "this model takes no videos; remove them"
+            raise InvalidRequestError(message, field="messages")
+        return family.videos(self._checkpoint.config, self._image, self._tools)
+
+    @functools.cached_property
+    def _framings(self) -> tuple[tuple[str, str], ...]:
+        """What a template writes for an image and for a video, and what is tokenized there, in the family's frame."""
         recipe = self._recipe
         image = self._tools.token_text(recipe.image_token_id)
-        return self._tools.token_text(recipe.placeholder_id), f"{recipe.before}{image}{recipe.after}"
+        framings = [(self._tools.token_text(recipe.placeholder_id), f"{recipe.before}{image}{recipe.after}")]
+        if self.supports_videos:
+            clip = self._video_recipe
+            video = self._tools.token_text(clip.placeholder_id)
+            framings.append((video, f"{clip.before}{video}{clip.after}"))
+        return tuple(framings)
 
-    def _placeholders(self) -> frozenset[str]:
-        """Spellings of the tokens that stand for images, in the token ids or in a template."""
+    def _placeholder_ids(self) -> frozenset[int]:
         if self._image is None:
             return frozenset()
-        ids = (self._image.image_token_id, self._recipe.placeholder_id)
-        return frozenset(self._tools.token_text(token_id) for token_id in ids)
+        videos = {self._video_recipe.placeholder_id} if self.supports_videos else set()
+        return frozenset({self._image.image_token_id, self._recipe.placeholder_id, *videos})
 
     def image_layout(self, width_px: int, height_px: int, *, images: int = 1) -> ImageLayout:
         """What an image of this size takes up in the decoder, before compression.
@@ -173,8 +205,61 @@ class Processor:
 
     @property
     def reducible(self) -> frozenset[str] | None:
-        """What a method that reduces visual tokens may ask of the encoder; None where no method may act."""
-        return self._image.reducible if self._image else None
+        """What a method that reduces tokens of images may ask of the encoder; None where no method may act."""
+        return self.reducible_of(MediaKind.IMAGE)
+
+    def reducible_of(self, kind: MediaKind) -> frozenset[str] | None:
+        """The same for images or videos."""
+        shape = self._image if kind is MediaKind.IMAGE else self._video
+        return shape.reducible if shape else None
+
+    def video_layout(self, width_px: int, height_px: int, times: FrameTimes) -> ImageLayout:
+        """What a video takes up in the decoder, before compression.
+
+        Args:
+            width_px: width of its frames.
+            height_px: height of its frames.
+            times: when they are shown; says how many there are.
+
+        Raises:
+            InvalidRequestError: the model takes no videos, or cannot take this one.
+            ModelLoadError: the checkpoint's video processor or tokenizer does not fit the model.
+        """
+        recipe = self._video_recipe
+        size = f"a video of {times.frames} frames of {width_px} x {height_px} pixels"
+        if width_px < 1 or height_px < 1 or not times.frames:
+            message = f"{size} has no content"
+            raise InvalidRequestError(message, field="messages")
+        try:
+            return recipe.layout(height_px, width_px, times)
+        except ValueError as error:
+            message = f"{size} cannot be read: {error}"
+            raise InvalidRequestError(message, field="messages") from None
+
+    @functools.cached_property
+    def video_fingerprint(self) -> bytes:
+        """32 bytes over all that decides what a video becomes."""
+        return digest("video-processor", self.fingerprint, canonical_json(self._tools.video_settings()))
+
+    def preprocess_video(self, frames: np.ndarray[Any, Any], times: FrameTimes) -> ImageInputs:
+        """Inputs of the vision encoder for the frames of a video.
+
+        Args:
+            frames: uint8 [frames, height, width, 3], RGB.
+            times: when they are shown.
+
+        Raises:
+            InvalidRequestError: the model takes no videos, or cannot take this one.
+            ModelLoadError: the checkpoint's video processor does not fit the model.
+        """
+        layout = self.video_layout(frames.shape[2], frames.shape[1], times)
+        return ImageInputs(self._video_recipe.tensors(frames), layout)
+
+    @property
+    def prunable(self) -> bool:
+        """Whether visual tokens may leave between layers: they have no structure among them, and every layer sees all."""
+        decoder = self._checkpoint.shape.decoder
+        return self.reducible is not None and not decoder.windows and not decoder.bidirectional_images
 
     def preprocess(self, image: Image.Image, *, images: int = 1) -> ImageInputs:
         """Inputs of the vision encoder, as the checkpoint's own image processor gives them.
@@ -194,33 +279,41 @@ class Processor:
         # Converted here as well as in the processor: some checkpoints switch its conversion off.
         return ImageInputs(self._recipe.tensors(image.convert("RGB"), alone=images == 1), layout)
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> list[int | ImageSlot]:
+    def render_chat(self, messages: Sequence[ChatMessage]) -> list[int | MediaSlot]:
         """Token ids of a conversation by the checkpoint's template, ready for the assistant's next turn.
 
         Args:
             messages: at least one. Control-token strings inside their texts are tokenized as plain text.
 
         Returns:
-            Token ids with one :class:`ImageSlot` per image, not expanded.
+            Token ids with one slot per image and per video, not expanded.
 
         Raises:
-            InvalidRequestError: no template, a role or order of roles the template refuses, or images for a model
-                that takes none.
+            InvalidRequestError: no template, a role or order of roles the template refuses, or images or videos for a
+                model that takes none.
         """
-        slots = [part for message in messages for part in message.parts if isinstance(part, ImageSlot)]
-        if slots and self._image is None:
-            message = "this model reads text only; remove the images"
-            raise InvalidRequestError(message, field="messages")
+        parts = [part for message in messages for part in message.parts]
+        slots: dict[int, list[MediaSlot]] = {}
+        images = [part for part in parts if isinstance(part, ImageSlot)]
+        videos = [part for part in parts if isinstance(part, VideoSlot)]
+        if images:
+            slots[self._recipe.image_token_id] = [*images]
+        if videos:
+            slots[self._video_recipe.placeholder_id] = [*videos]
         rendered = self._render(messages)
-        if slots:
-            rendered = rendered.replace(*self._framing)
+        for framing in self._framings if slots else ():
+            rendered = rendered.replace(*framing)
         ids = self._guarded.encode_rendered(rendered, add_special_tokens=self._adds_special_tokens(rendered))
-        placed = ids.count(self.image_token_id) if self.image_token_id is not None else 0
-        if placed != len(slots):
-            message = f"the model's chat template places {placed} of {len(slots)} images; put images in user messages"
-            raise InvalidRequestError(message, field="messages")
-        remaining = iter(slots)
-        return [next(remaining) if token_id == self.image_token_id else token_id for token_id in ids]
+        for token_id, wanted in slots.items():
+            placed = ids.count(token_id)
+            if placed != len(wanted):
+                kind = "images" if wanted is slots.get(self.image_token_id or 0) else "videos"
+                message = (
+                    f"the model's chat template places {placed} of {len(wanted)} {kind}; put them in user messages"
+                )
+                raise InvalidRequestError(message, field="messages")
+        remaining = {token_id: iter(wanted) for token_id, wanted in slots.items()}
+        return [next(remaining[token_id]) if token_id in remaining else token_id for token_id in ids]
 
     def _adds_special_tokens(self, rendered: str) -> bool:
         """Whether the tokenizer's own BOS and EOS go around a rendered chat, as transformers decides it.
@@ -251,11 +344,12 @@ class Processor:
         if self._image is None:
             texts = [part for part in message.parts if isinstance(part, str)]
             return {"role": message.role, "content": self._guarded.guard("".join(texts))}
-        content = [
-            {"type": "text", "text": self._guarded.guard(part)} if isinstance(part, str) else {"type": "image"}
-            for part in message.parts
-        ]
-        return {"role": message.role, "content": content}
+        return {"role": message.role, "content": [self._content(part) for part in message.parts]}
+
+    def _content(self, part: Part) -> dict[str, str]:
+        if isinstance(part, str):
+            return {"type": "text", "text": self._guarded.guard(part)}
+        return {"type": "image" if isinstance(part, ImageSlot) else "video"}
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a raw completion prompt, with the BOS the tokenizer adds; control strings are plain text."""

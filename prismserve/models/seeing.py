@@ -19,7 +19,7 @@ from prismserve.models.causal import CausalModel
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from prismserve.models.base import ModelIdentity, ModelShape
+    from prismserve.models.base import ImageLayout, ModelIdentity, ModelShape
 
 _LANGUAGE: Final = ("language_model", "text_model")
 
@@ -63,9 +63,10 @@ class SeeingModel(CausalModel):
         self.vision = vision
 
     def features(self, inputs: ImageInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decoder embeddings [n, D] of one image's visual tokens, and [m, n, D] of its deepstack if there is one."""
+        """Decoder embeddings [n, D] of one image's or video's visual tokens, and [m, n, D] of its deepstack, if any."""
         vision: Any = self.vision
-        result = vision.get_image_features(**self.on_device(inputs.tensors), return_dict=True)
+        encode = vision.get_video_features if "pixel_values_videos" in inputs.tensors else vision.get_image_features
+        result = encode(**self.on_device(inputs.tensors), return_dict=True)
         return joined(result.pooler_output), stacked(getattr(result, "deepstack_features", None))
 
     def on_device(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -86,7 +87,7 @@ class SeeingModel(CausalModel):
         layout = inputs.layout
         features, deepstack = self.features(inputs)
         features = features.to(self.dtype)
-        visual = None if layout.ids is None else torch.tensor(self.visual_slots(layout.ids), device=self.device)
+        visual = None if layout.ids is None else self._visual_slots(layout).to(self.device)
         expected = layout.tokens if visual is None else int(visual.sum())
         if features.shape[0] != expected:
             message = f"the vision encoder gave {features.shape[0]} tokens for an image that has room for {expected}"
@@ -101,9 +102,11 @@ class SeeingModel(CausalModel):
             deepstack = spread
         return EncodedImage(embeds, layout.grid, deepstack=deepstack)
 
-    def visual_slots(self, ids: Sequence[int]) -> list[bool]:
-        """Which slots hold visual tokens rather than text."""
-        return [token == self.image_token_id for token in ids]
+    def _visual_slots(self, layout: ImageLayout) -> torch.Tensor:
+        """[tokens] bool: which slots hold visual tokens rather than text."""
+        if layout.raster is None:
+            return torch.tensor([token == self.image_token_id for token in layout.ids or ()])
+        return torch.zeros(layout.tokens, dtype=torch.bool).index_fill(0, layout.raster, value=True)
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Nothing to do: the encoder's own merger or projector ran with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,20 @@ class Export:
         if outgoing is None or view is None or self._cancelled:
             return
         start, end = self._pushed[layer], self._ready[layer]
-        if end - start < PUSH_TOKENS and not (end > start and end == view.prompt_tokens):
+        if end - start < PUSH_TOKENS and not (end > start and end == view.layer_tokens[layer]):
             return
         self._pushed[layer] = end
-        outgoing.push_from(layer, start, end - start, self._pool.reader(view.table))
+        reader = self._pool.reader(view.table, view.layer_tables)
+        outgoing.push_from(layer, start, end - start, reader)
+
+    def complete(self, layer_tokens: tuple[int, ...]) -> None:
+        """Push what is left: the prefill is over, and each layer holds so many slots."""
+        with self._lock:
+            if self._view is None:
+                return
+            self._view = dataclasses.replace(self._view, layer_tokens=layer_tokens)
+            for layer in range(len(layer_tokens)):
+                self._push_ready(layer)
 
     def cancel(self) -> None:
         """Push nothing more."""

@@ -180,6 +180,8 @@ class PushJob:
             message = "the prefill ended without blocks or without a reservation"
             raise EngineError(message, request_id=request.request_id)
         timeout_s = runtime.config.peer_timeout_s
+        layer_tokens = await runtime.on_engine(lambda engine: engine.export_view(*self._submission.ref).layer_tokens)
+        self._export.complete(layer_tokens)
         payloads = await self._within(asyncio.wrap_future(outgoing.complete()), "the last write")
         expected = Expected(
             request_id=request.request_id,
@@ -195,7 +197,7 @@ class PushJob:
             expected,
             runtime.engine.layout,
             payloads,
-            layer_tokens=view.layer_tokens,
+            layer_tokens=layer_tokens,
             next_position=view.next_position,
             first_token_ids=output.token_ids,
             first_logprobs=output.logprobs,

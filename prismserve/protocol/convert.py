@@ -13,6 +13,7 @@ from prismserve.core.types import (
     ConstraintKind,
     Extent,
     FinishReason,
+    FrameTimes,
     Manifest,
     MediaInput,
     MediaSegment,
@@ -113,6 +114,7 @@ def _segment_to_proto(segment: Segment) -> pb.Segment:
         tokens=segment.tokens,
         raw_tokens=segment.raw_tokens,
         position_span=segment.position_span,
+        position_reach=segment.position_reach,
     )
 
 
@@ -124,6 +126,7 @@ def _segment_from_proto(message: pb.Segment) -> Segment:
             message.tokens,
             message.raw_tokens,
             message.position_span if message.HasField("position_span") else None,
+            message.position_reach if message.HasField("position_reach") else None,
         )
     return TextSegment(tuple(message.token_ids))
 
@@ -154,23 +157,40 @@ def _constraint_from_proto(message: pb.Constraint) -> Constraint:
         raise TransferError(text, field="constraint.kind") from None
 
 
+def _media_to_proto(media: MediaInput) -> pb.MediaInput:
+    times = None if media.times is None else pb.FrameTimes(seconds=media.times.seconds, rate=media.times.rate)
+    return pb.MediaInput(
+        data=media.data, pixel_hash=media.pixel_hash, width_px=media.width_px, height_px=media.height_px, times=times
+    )
+
+
+def _media_from_proto(message: pb.MediaInput) -> MediaInput:
+    times = FrameTimes(tuple(message.times.seconds), message.times.rate) if message.HasField("times") else None
+    item = MediaInput(
+        message.data, _digest(message.pixel_hash, "media.pixel_hash"), message.width_px, message.height_px, times
+    )
+    samples = item.frames * item.height_px * item.width_px * 3
+    if times is not None and (not item.frames or len(item.data) != samples):
+        text = f"a video of {item.frames} frames takes {samples} bytes, got {len(item.data)}"
+        raise TransferError(text, field="media.data")
+    return item
+
+
 def request_to_proto(request: Request) -> pb.Request:
-    """The whole request, images included."""
+    """The whole request, images and videos included."""
     return pb.Request(
         request_id=request.request_id,
         attempt=request.attempt,
         namespace=request.namespace,
         wire_namespace=request.wire_namespace,
         segments=[_segment_to_proto(s) for s in request.prompt.segments],
-        media=[
-            pb.MediaInput(data=m.data, pixel_hash=m.pixel_hash, width_px=m.width_px, height_px=m.height_px)
-            for m in request.media
-        ],
+        media=[_media_to_proto(item) for item in request.media],
         sampling=sampling_to_proto(request.sampling),
         compression=pb.CompressionPlan(
             visual=method_to_proto(request.compression.visual),
             wire=method_to_proto(request.compression.wire),
             preset=request.compression.preset,
+            prefill=method_to_proto(request.compression.prefill),
         ),
         resume_token_ids=request.resume_token_ids,
         priority=request.priority,
@@ -183,9 +203,7 @@ def request_to_proto(request: Request) -> pb.Request:
 def request_from_proto(message: pb.Request) -> Request:
     """The whole request; digests are checked for length, media references for range."""
     segments = tuple(_segment_from_proto(s) for s in message.segments)
-    media = tuple(
-        MediaInput(m.data, _digest(m.pixel_hash, "media.pixel_hash"), m.width_px, m.height_px) for m in message.media
-    )
+    media = tuple(_media_from_proto(item) for item in message.media)
     for segment in segments:
         if isinstance(segment, MediaSegment) and segment.media_index >= len(media):
             text = f"segment refers to media {segment.media_index} of {len(media)}"
@@ -202,6 +220,7 @@ def request_from_proto(message: pb.Request) -> Request:
             method_from_proto(message.compression.visual),
             method_from_proto(message.compression.wire),
             message.compression.preset,
+            method_from_proto(message.compression.prefill),
         ),
         resume_token_ids=tuple(message.resume_token_ids),
         priority=message.priority,
@@ -221,7 +240,9 @@ def report_to_proto(report: PrefillReport) -> pb.PrefillReport:
 
 def report_from_proto(message: pb.PrefillReport) -> PrefillReport:
     """Field by field; names are the same."""
-    return PrefillReport(**{f.name: getattr(message, f.name) for f in dataclasses.fields(PrefillReport)})
+    values = {f.name: getattr(message, f.name) for f in dataclasses.fields(PrefillReport)}
+    values["visual_tokens_by_cut"] = tuple(message.visual_tokens_by_cut)
+    return PrefillReport(**values)
 
 
 def logprobs_to_proto(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10prismserve.proto\x12\rprismserve.v1\"6\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"D\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12+\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x1a.prismserve.v1.ContentPart\"\xc2\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.prismserve.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x11 \x01(\tH\r\x88\x01\x01\x12\x18\n\x0bjson_object\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x12\x12\n\x05regex\x18\x13 \x01(\tH\x0f\x88\x01\x01\x12\x14\n\x07grammar\x18\x14 \x01(\tH\x10\x88\x01\x01\x12\x0e\n\x06\x63hoice\x18\x15 \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_nB\x0e\n\x0c_json_schemaB\x0e\n\x0c_json_objectB\x08\n\x06_regexB\n\n\x08_grammar\"\xc8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.prismserve.v1.Message\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.prismserve.v1.SamplingParams\x12\x13\n\x0b\x63ompression\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\"\xe3\x03\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1c\n\x14visual_tokens_before\x18\x04 \x01(\r\x12\x1b\n\x13visual_tokens_after\x18\x05 \x01(\r\x12\x17\n\x0fkv_bytes_before\x18\x06 \x01(\x04\x12\x16\n\x0ekv_bytes_after\x18\x07 \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x08 \x01(\x04\x12\x11\n\ttransport\x18\t \x01(\t\x12\x0f\n\x07ttft_ms\x18\n \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x0b \x01(\t\x12\x15\n\rdecode_worker\x18\x0c \x01(\t\x12\x0e\n\x06images\x18\r \x01(\r\x12\x15\n\rimages_cached\x18\x0e \x01(\r\x12\x10\n\x08queue_ms\x18\x0f \x01(\x01\x12\x11\n\tencode_ms\x18\x10 \x01(\x01\x12\x12\n\nprefill_ms\x18\x11 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x12 \x01(\x01\x12\x1b\n\x13transfer_exposed_ms\x18\x13 \x01(\x01\x12\x14\n\x0croute_reason\x18\x14 \x01(\t\x12\x13\n\x0b\x63ompression\x18\x15 \x01(\t\"\xc2\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.prismserve.v1.Usage\x12\r\n\x05index\x18\x06 \x01(\r\x12.\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1c.prismserve.v1.TokenLogprobs\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"f\n\rTokenLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.prismserve.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.prismserve.v1.TokenLogprob\"\x13\n\x11ListModelsRequest\".\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.prismserve.v1.ModelCard\"\x12\n\x10GetStatusRequest\"!\n\x11GetStatusResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xfd\x01\n\tInference\x12M\n\x08Generate\x12\x1e.prismserve.v1.GenerateRequest\x1a\x1f.prismserve.v1.GenerateResponse0\x01\x12Q\n\nListModels\x12 .prismserve.v1.ListModelsRequest\x1a!.prismserve.v1.ListModelsResponse\x12N\n\tGetStatus\x12\x1f.prismserve.v1.GetStatusRequest\x1a .prismserve.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10prismserve.proto\x12\rprismserve.v1\"]\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12%\n\x05video\x18\x03 \x01(\x0b\x32\x14.prismserve.v1.VideoH\x00\x42\x06\n\x04part\"g\n\x05Video\x12\x0c\n\x04\x66ile\x18\x01 \x01(\x0c\x12\x0e\n\x06\x66rames\x18\x02 \x03(\x0c\x12\x10\n\x03\x66ps\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nnum_frames\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x06\n\x04_fpsB\r\n\x0b_num_frames\"D\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12+\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x1a.prismserve.v1.ContentPart\"\xc2\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.prismserve.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x11 \x01(\tH\r\x88\x01\x01\x12\x18\n\x0bjson_object\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x12\x12\n\x05regex\x18\x13 \x01(\tH\x0f\x88\x01\x01\x12\x14\n\x07grammar\x18\x14 \x01(\tH\x10\x88\x01\x01\x12\x0e\n\x06\x63hoice\x18\x15 \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_nB\x0e\n\x0c_json_schemaB\x0e\n\x0c_json_objectB\x08\n\x06_regexB\n\n\x08_grammar\"\xc8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.prismserve.v1.Message\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.prismserve.v1.SamplingParams\x12\x13\n\x0b\x63ompression\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\"\xa1\x04\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1c\n\x14visual_tokens_before\x18\x04 \x01(\r\x12\x1b\n\x13visual_tokens_after\x18\x05 \x01(\r\x12\x17\n\x0fkv_bytes_before\x18\x06 \x01(\x04\x12\x16\n\x0ekv_bytes_after\x18\x07 \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x08 \x01(\x04\x12\x11\n\ttransport\x18\t \x01(\t\x12\x0f\n\x07ttft_ms\x18\n \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x0b \x01(\t\x12\x15\n\rdecode_worker\x18\x0c \x01(\t\x12\x0e\n\x06images\x18\r \x01(\r\x12\x15\n\rimages_cached\x18\x0e \x01(\r\x12\x10\n\x08queue_ms\x18\x0f \x01(\x01\x12\x11\n\tencode_ms\x18\x10 \x01(\x01\x12\x12\n\nprefill_ms\x18\x11 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x12 \x01(\x01\x12\x1b\n\x13transfer_exposed_ms\x18\x13 \x01(\x01\x12\x14\n\x0croute_reason\x18\x14 \x01(\t\x12\x13\n\x0b\x63ompression\x18\x15 \x01(\t\x12\x0e\n\x06videos\x18\x16 \x01(\r\x12\x0e\n\x06\x66rames\x18\x17 \x01(\r\x12\x1c\n\x14visual_tokens_by_cut\x18\x18 \x03(\r\"\xc2\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.prismserve.v1.Usage\x12\r\n\x05index\x18\x06 \x01(\r\x12.\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1c.prismserve.v1.TokenLogprobs\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"f\n\rTokenLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.prismserve.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.prismserve.v1.TokenLogprob\"\x13\n\x11ListModelsRequest\".\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.prismserve.v1.ModelCard\"\x12\n\x10GetStatusRequest\"!\n\x11GetStatusResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xfd\x01\n\tInference\x12M\n\x08Generate\x12\x1e.prismserve.v1.GenerateRequest\x1a\x1f.prismserve.v1.GenerateResponse0\x01\x12Q\n\nListModels\x12 .prismserve.v1.ListModelsRequest\x1a!.prismserve.v1.ListModelsResponse\x12N\n\tGetStatus\x12\x1f.prismserve.v1.GetStatusRequest\x1a .prismserve.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_CONTENTPART']._serialized_start=35
-  _globals['_CONTENTPART']._serialized_end=89
-  _globals['_MESSAGE']._serialized_start=91
-  _globals['_MESSAGE']._serialized_end=159
-  _globals['_SAMPLINGPARAMS']._serialized_start=162
-  _globals['_SAMPLINGPARAMS']._serialized_end=996
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=709
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=757
-  _globals['_GENERATEREQUEST']._serialized_start=999
-  _globals['_GENERATEREQUEST']._serialized_end=1199
-  _globals['_USAGE']._serialized_start=1202
-  _globals['_USAGE']._serialized_end=1685
-  _globals['_GENERATERESPONSE']._serialized_start=1688
-  _globals['_GENERATERESPONSE']._serialized_end=1882
-  _globals['_TOKENLOGPROB']._serialized_start=1884
-  _globals['_TOKENLOGPROB']._serialized_end=1948
-  _globals['_TOKENLOGPROBS']._serialized_start=1950
-  _globals['_TOKENLOGPROBS']._serialized_end=2052
-  _globals['_LISTMODELSREQUEST']._serialized_start=2054
-  _globals['_LISTMODELSREQUEST']._serialized_end=2073
-  _globals['_MODELCARD']._serialized_start=2075
-  _globals['_MODELCARD']._serialized_end=2121
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2123
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2185
-  _globals['_GETSTATUSREQUEST']._serialized_start=2187
-  _globals['_GETSTATUSREQUEST']._serialized_end=2205
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2207
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2240
-  _globals['_INFERENCE']._serialized_start=2243
-  _globals['_INFERENCE']._serialized_end=2496
+  _globals['_CONTENTPART']._serialized_end=128
+  _globals['_VIDEO']._serialized_start=130
+  _globals['_VIDEO']._serialized_end=233
+  _globals['_MESSAGE']._serialized_start=235
+  _globals['_MESSAGE']._serialized_end=303
+  _globals['_SAMPLINGPARAMS']._serialized_start=306
+  _globals['_SAMPLINGPARAMS']._serialized_end=1140
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=853
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=901
+  _globals['_GENERATEREQUEST']._serialized_start=1143
+  _globals['_GENERATEREQUEST']._serialized_end=1343
+  _globals['_USAGE']._serialized_start=1346
+  _globals['_USAGE']._serialized_end=1891
+  _globals['_GENERATERESPONSE']._serialized_start=1894
+  _globals['_GENERATERESPONSE']._serialized_end=2088
+  _globals['_TOKENLOGPROB']._serialized_start=2090
+  _globals['_TOKENLOGPROB']._serialized_end=2154
+  _globals['_TOKENLOGPROBS']._serialized_start=2156
+  _globals['_TOKENLOGPROBS']._serialized_end=2258
+  _globals['_LISTMODELSREQUEST']._serialized_start=2260
+  _globals['_LISTMODELSREQUEST']._serialized_end=2279
+  _globals['_MODELCARD']._serialized_start=2281
+  _globals['_MODELCARD']._serialized_end=2327
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2329
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2391
+  _globals['_GETSTATUSREQUEST']._serialized_start=2393
+  _globals['_GETSTATUSREQUEST']._serialized_end=2411
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2413
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2446
+  _globals['_INFERENCE']._serialized_start=2449
+  _globals['_INFERENCE']._serialized_end=2702
 # @@protoc_insertion_point(module_scope)

@@ -46,17 +46,19 @@ class MethodSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., params: _Optional[_Mapping[str, Scalar]] = ...) -> None: ...
 
 class CompressionPlan(_message.Message):
-    __slots__ = ("visual", "wire", "preset")
+    __slots__ = ("visual", "wire", "preset", "prefill")
     VISUAL_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     PRESET_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
     visual: MethodSpec
     wire: MethodSpec
     preset: str
-    def __init__(self, visual: _Optional[_Union[MethodSpec, _Mapping]] = ..., wire: _Optional[_Union[MethodSpec, _Mapping]] = ..., preset: _Optional[str] = ...) -> None: ...
+    prefill: MethodSpec
+    def __init__(self, visual: _Optional[_Union[MethodSpec, _Mapping]] = ..., wire: _Optional[_Union[MethodSpec, _Mapping]] = ..., preset: _Optional[str] = ..., prefill: _Optional[_Union[MethodSpec, _Mapping]] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("token_ids", "is_media", "media_index", "key", "tokens", "raw_tokens", "position_span")
+    __slots__ = ("token_ids", "is_media", "media_index", "key", "tokens", "raw_tokens", "position_span", "position_reach")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IS_MEDIA_FIELD_NUMBER: _ClassVar[int]
     MEDIA_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +66,7 @@ class Segment(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     RAW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     POSITION_SPAN_FIELD_NUMBER: _ClassVar[int]
+    POSITION_REACH_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     is_media: bool
     media_index: int
@@ -71,19 +74,30 @@ class Segment(_message.Message):
     tokens: int
     raw_tokens: int
     position_span: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., is_media: _Optional[bool] = ..., media_index: _Optional[int] = ..., key: _Optional[bytes] = ..., tokens: _Optional[int] = ..., raw_tokens: _Optional[int] = ..., position_span: _Optional[int] = ...) -> None: ...
+    position_reach: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., is_media: _Optional[bool] = ..., media_index: _Optional[int] = ..., key: _Optional[bytes] = ..., tokens: _Optional[int] = ..., raw_tokens: _Optional[int] = ..., position_span: _Optional[int] = ..., position_reach: _Optional[int] = ...) -> None: ...
+
+class FrameTimes(_message.Message):
+    __slots__ = ("seconds", "rate")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    seconds: _containers.RepeatedScalarFieldContainer[float]
+    rate: float
+    def __init__(self, seconds: _Optional[_Iterable[float]] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class MediaInput(_message.Message):
-    __slots__ = ("data", "pixel_hash", "width_px", "height_px")
+    __slots__ = ("data", "pixel_hash", "width_px", "height_px", "times")
     DATA_FIELD_NUMBER: _ClassVar[int]
     PIXEL_HASH_FIELD_NUMBER: _ClassVar[int]
     WIDTH_PX_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     pixel_hash: bytes
     width_px: int
     height_px: int
-    def __init__(self, data: _Optional[bytes] = ..., pixel_hash: _Optional[bytes] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ...) -> None: ...
+    times: FrameTimes
+    def __init__(self, data: _Optional[bytes] = ..., pixel_hash: _Optional[bytes] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., times: _Optional[_Union[FrameTimes, _Mapping]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "logprobs", "constraint")
@@ -261,7 +275,7 @@ class StepOutputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
-    __slots__ = ("worker_id", "cached_tokens", "computed_tokens", "images", "images_cached", "encode_ms", "prefill_ms", "kv_bytes_raw", "kv_bytes_kept", "kv_bytes_sent", "transfer_ms", "transfer_exposed_ms", "transport")
+    __slots__ = ("worker_id", "cached_tokens", "computed_tokens", "images", "images_cached", "encode_ms", "prefill_ms", "kv_bytes_raw", "kv_bytes_kept", "kv_bytes_sent", "transfer_ms", "transfer_exposed_ms", "transport", "visual_tokens_by_cut")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +289,7 @@ class PrefillReport(_message.Message):
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    VISUAL_TOKENS_BY_CUT_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     cached_tokens: int
     computed_tokens: int
@@ -288,7 +303,8 @@ class PrefillReport(_message.Message):
     transfer_ms: float
     transfer_exposed_ms: float
     transport: str
-    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., images: _Optional[int] = ..., images_cached: _Optional[int] = ..., encode_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
+    visual_tokens_by_cut: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., images: _Optional[int] = ..., images_cached: _Optional[int] = ..., encode_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ..., visual_tokens_by_cut: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Stats(_message.Message):
     __slots__ = ("values", "state")

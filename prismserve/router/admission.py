@@ -1,4 +1,4 @@
-"""Bounds on what is in progress: requests and the bytes of their bodies. Refusal is immediate, nothing queues."""
+"""Bounds on what is in progress: requests, the bytes of their bodies and of their videos. Refusal is immediate, nothing queues."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Admission:
         self.running = 0
         self.body_bytes = 0
         self._by_tenant: dict[str, int] = {}
+        self.video_bytes = 0
 
     def check(self, tenant: Tenant) -> None:
         """OverloadedError when a request of this tenant could not be admitted now; asked before its body is read."""
@@ -58,6 +59,18 @@ class Admission:
             self._by_tenant[tenant.name] -= places
             if not self._by_tenant[tenant.name]:
                 del self._by_tenant[tenant.name]
+
+    @contextlib.contextmanager
+    def videos(self, nbytes: int) -> Iterator[None]:
+        """Hold the samples of a request's videos; OverloadedError when all together exceed the limit."""
+        if nbytes and self.video_bytes + nbytes > self._config.max_pending_video_bytes:
+            message = "the videos of the requests in progress fill the router's memory; try again shortly"
+            raise OverloadedError(message, retry_after_s=self._config.retry_after_s)
+        self.video_bytes += nbytes
+        try:
+            yield
+        finally:
+            self.video_bytes -= nbytes
 
 
 class BodyBudget:

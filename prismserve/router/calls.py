@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from prismserve.core.errors import NotFoundError
-from prismserve.models.processing import ChatMessage, ImageSlot
+from prismserve.models.processing import ChatMessage, ImageSlot, VideoSlot
 from prismserve.router.fields import array, mapping, refuse, text
-from prismserve.router.media import ImageSource
+from prismserve.router.media import ImageSource, Source
 from prismserve.router.tenants import EVERYONE, Tenant
+from prismserve.router.video import FPS_MAX, FrameChoice, VideoSource
 
 if TYPE_CHECKING:
+    from prismserve.models.processing import Part
     from prismserve.router.config import RouterConfig
 
 _ROLES: Final[Mapping[str, str]] = {
@@ -23,6 +25,7 @@ _ROLES: Final[Mapping[str, str]] = {
     "assistant": "assistant",
 }
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_JPEG_FRAMES: Final = "data:video/jpeg;base64,"
 _TOOL_FIELDS: Final = ("tool_calls", "function_call", "audio")
 
 CompressionField: TypeAlias = str | Mapping[str, Any] | None
@@ -35,7 +38,7 @@ class Call:
     Exactly one of ``messages``, ``prompt`` and ``prompt_ids`` is set.
 
     Attributes:
-        images: in the order of the slots in ``messages``.
+        media: in the order of the slots in ``messages``.
         options: the fields read by :func:`prismserve.router.sampling.parse_sampling`.
         compression: preset name, method name, object, or None for the server's default; untrusted.
         tenant: whose request it is; derived from the credential, never from the body. Only within it are caches shared.
@@ -47,7 +50,7 @@ class Call:
     messages: tuple[ChatMessage, ...] | None = None
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
-    images: tuple[ImageSource, ...] = ()
+    media: tuple[Source, ...] = ()
     compression: CompressionField = None
     cache_salt: str = ""
     tenant: Tenant = EVERYONE
@@ -87,6 +90,43 @@ def check_compression(value: Any) -> CompressionField:
     return value
 
 
+def _choice(options: Mapping[str, Any], field: str) -> FrameChoice:
+    fps, count = options.get("fps"), options.get("num_frames")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= FPS_MAX):
+        refuse(f"{field}.fps", f"must be a number above 0 and at most {FPS_MAX:g}")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+        refuse(f"{field}.num_frames", "must be an integer")
+    return FrameChoice(None if fps is None else float(fps), count)
+
+
+def _video_url_part(part: Mapping[str, Any], field: str) -> VideoSource:
+    """A file as a data URI; or, as vLLM has it, JPEG frames in one ``data:video/jpeg`` URI with commas between."""
+    value = part.get("video_url")
+    options = value if isinstance(value, dict) else {}
+    url = options.get("url") if isinstance(value, dict) else value
+    where = f"{field}.video_url.url"
+    if not isinstance(url, str):
+        refuse(where, "must be a string")
+    choice = _choice({**part, **options}, f"{field}.video_url")
+    if not url.startswith(_JPEG_FRAMES):
+        return VideoSource(url, where, choice)
+    frames = tuple(f"data:image/jpeg;base64,{frame}" for frame in url[len(_JPEG_FRAMES) :].split(","))
+    return VideoSource(frames, where, choice)
+
+
+def _video_part(part: Mapping[str, Any], field: str) -> VideoSource:
+    """Frames in order, as a list of image data URIs."""
+    where = f"{field}.video"
+    frames = array(part.get("video"), where)
+    for index, frame in enumerate(frames):
+        if not isinstance(frame, str):
+            refuse(f"{where}[{index}]", "must be a string")
+    return VideoSource(tuple(frames), where, _choice(part, field))
+
+
+_VIDEO_PARTS: Final = {"video_url": _video_url_part, "video": _video_part}
+
+
 def _image_part(part: Mapping[str, Any], field: str) -> ImageSource:
     value = part.get("image_url")
     url = value.get("url") if isinstance(value, dict) else value
@@ -96,10 +136,10 @@ def _image_part(part: Mapping[str, Any], field: str) -> ImageSource:
     return ImageSource(url, where)
 
 
-def _parts(content: Any, field: str, images: list[ImageSource]) -> tuple[str | ImageSlot, ...]:
+def _parts(content: Any, field: str, media: list[Source]) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (text(content, field),)
-    parts: list[str | ImageSlot] = []
+    parts: list[Part] = []
     for index, item in enumerate(array(content, field)):
         where = f"{field}[{index}]"
         part = mapping(item, where)
@@ -107,19 +147,22 @@ def _parts(content: Any, field: str, images: list[ImageSource]) -> tuple[str | I
         if kind == "text":
             parts.append(text(part.get("text"), f"{where}.text"))
         elif kind == "image_url":
-            parts.append(ImageSlot(len(images)))
-            images.append(_image_part(part, where))
+            parts.append(ImageSlot(len(media)))
+            media.append(_image_part(part, where))
+        elif kind in _VIDEO_PARTS:
+            parts.append(VideoSlot(len(media)))
+            media.append(_VIDEO_PARTS[kind](part, where))
         elif isinstance(kind, str) and kind:
-            refuse(f"{where}.type", f"{kind[:32]!r} is not supported; use text or image_url")
+            refuse(f"{where}.type", f"{kind[:32]!r} is not supported; use text, image_url, video_url or video")
         else:
-            refuse(f"{where}.type", "must be text or image_url")
+            refuse(f"{where}.type", "must be text, image_url, video_url or video")
     return tuple(parts)
 
 
 def chat_call(body: Mapping[str, Any], config: RouterConfig, tenant: Tenant) -> Call:
     """Read the body of ``/v1/chat/completions``; InvalidRequestError names the field at fault."""
     messages: list[ChatMessage] = []
-    images: list[ImageSource] = []
+    media: list[Source] = []
     items = array(body.get("messages"), "messages", items_max=config.max_messages)
     if not items:
         refuse("messages", "must hold at least one message")
@@ -135,15 +178,15 @@ def chat_call(body: Mapping[str, Any], config: RouterConfig, tenant: Tenant) -> 
         content = message.get("content")
         if content is None and role == "assistant":
             content = ""
-        before = len(images)
-        parts = _parts(content, f"{field}.content", images)
-        if len(images) > before and role != "user":
-            refuse(f"{field}.content", f"only user messages may hold images, not {role}")
+        before = len(media)
+        parts = _parts(content, f"{field}.content", media)
+        if len(media) > before and role != "user":
+            refuse(f"{field}.content", f"only user messages may hold {media[-1].kind}s, not {role}")
         messages.append(ChatMessage(_ROLES[role], parts))
     return Call(
         options=body,
         messages=tuple(messages),
-        images=tuple(images),
+        media=tuple(media),
         compression=check_compression(body.get("compression")),
         cache_salt=check_cache_salt(body.get("cache_salt"), config),
         tenant=tenant,

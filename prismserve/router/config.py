@@ -15,6 +15,26 @@ class RouterConfig(FrozenConfig):
     max_image_side_px: PositiveInt = Field(default=16_384, description="Longest side of an image (pixels).")
     min_image_side_px: PositiveInt = Field(default=2, description="Shortest side of an image (pixels).")
     max_image_aspect_ratio: PositiveInt = Field(default=100, description="Longest side over shortest side (ratio).")
+    max_videos: PositiveInt = Field(default=4, description="Videos per request (count).")
+    max_video_file_bytes: PositiveInt = Field(default=32 << 20, description="One MP4 or WebM file (bytes).")
+    max_video_frames: PositiveInt = Field(default=64, description="Frames taken of one video (count).")
+    max_video_source_frames: PositiveInt = Field(default=18_000, description="Frames in one video file (count).")
+    max_video_bytes: PositiveInt = Field(
+        default=64 << 20, description="Samples of all videos of a request; frames are scaled down to fit (bytes)."
+    )
+    video_frame_pixels: PositiveInt = Field(
+        default=602_112, description="Frames with more are scaled down to this: width times height (pixels)."
+    )
+    video_fps: float = Field(
+        default=2.0, gt=0, le=240, allow_inf_nan=False, description="Frames taken where a request says nothing (1/s)."
+    )
+    video_timeout_s: PositiveSeconds = Field(default=20.0, description="Decoding of one video (seconds).")
+    video_cache_bytes: NonNegativeInt = Field(
+        default=128 << 20, description="Samples of videos kept for the next question about them (bytes)."
+    )
+    max_pending_video_bytes: PositiveInt = Field(
+        default=1 << 30, description="Samples of the videos of all requests in progress (bytes)."
+    )
     max_body_bytes: PositiveInt = Field(default=64 << 20, description="One HTTP body or gRPC message (bytes).")
     max_pending_body_bytes: PositiveInt = Field(
         default=512 << 20, description="All HTTP bodies being read or prepared at one moment (bytes)."

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from prismserve.core.errors import InvalidRequestError, PrismServeError
-from prismserve.models.processing import ChatMessage, ImageSlot
+from prismserve.models.processing import ChatMessage, ImageSlot, VideoSlot
 from prismserve.protocol import prismserve_pb2 as pb
 from prismserve.protocol import prismserve_pb2_grpc as rpc
 from prismserve.router.calls import Call, check_cache_salt, check_model, check_request_id
@@ -23,12 +23,15 @@ from prismserve.router.fields import json_object, refuse
 from prismserve.router.generation import TextDelta
 from prismserve.router.media import ImageSource
 from prismserve.router.usage import plan_text
+from prismserve.router.video import FrameChoice, VideoSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from prismserve.models.processing import Part
     from prismserve.router.config import RouterConfig
     from prismserve.router.generation import GenerationEvent
+    from prismserve.router.media import Source
     from prismserve.router.service import RouterService
     from prismserve.router.tenants import Tenant
     from prismserve.router.usage import Usage
@@ -85,37 +88,49 @@ def _compression(text: str) -> Any:
     return text
 
 
+def _video(message: pb.Video, field: str) -> VideoSource:
+    if bool(message.file) == bool(message.frames):
+        refuse(field, "give either file or frames")
+    choice = FrameChoice(
+        message.fps if message.HasField("fps") else None, message.num_frames if message.HasField("num_frames") else None
+    )
+    return VideoSource(message.file or tuple(message.frames), field, choice)
+
+
 def call_of(request: pb.GenerateRequest, config: RouterConfig, timeout_s: float | None, tenant: Tenant) -> Call:
     """Read a request; InvalidRequestError names the field at fault."""
     if bool(request.messages) == bool(request.prompt):
         refuse("messages", "give either messages or prompt")
     if len(request.messages) > config.max_messages:
         refuse("messages", f"has {len(request.messages)} items, at most {config.max_messages} are allowed")
-    images: list[ImageSource] = []
+    media: list[Source] = []
     messages: list[ChatMessage] = []
     for index, message in enumerate(request.messages):
         field = f"messages[{index}]"
         if message.role not in _ROLES:
             refuse(f"{field}.role", "must be system, user or assistant")
-        parts: list[str | ImageSlot] = []
+        parts: list[Part] = []
         for number, part in enumerate(message.content):
             where = f"{field}.content[{number}]"
             match part.WhichOneof("part"):
                 case "text":
                     parts.append(part.text)
                 case "image" if message.role == "user":
-                    parts.append(ImageSlot(len(images)))
-                    images.append(ImageSource(part.image, f"{where}.image"))
-                case "image":
-                    refuse(where, f"only user messages may hold images, not {message.role}")
+                    parts.append(ImageSlot(len(media)))
+                    media.append(ImageSource(part.image, f"{where}.image"))
+                case "video" if message.role == "user":
+                    parts.append(VideoSlot(len(media)))
+                    media.append(_video(part.video, f"{where}.video"))
+                case "image" | "video" as kind:
+                    refuse(where, f"only user messages may hold {kind}s, not {message.role}")
                 case _:
-                    refuse(where, "must hold text or an image")
+                    refuse(where, "must hold text, an image or a video")
         messages.append(ChatMessage(message.role, tuple(parts)))
     return Call(
         options=_options(request.sampling, chat=bool(request.messages)),
         messages=tuple(messages) or None,
         prompt=request.prompt or None,
-        images=tuple(images),
+        media=tuple(media),
         compression=_compression(request.compression),
         cache_salt=check_cache_salt(request.cache_salt, config),
         tenant=tenant,
@@ -140,6 +155,8 @@ def usage_message(usage: Usage) -> pb.Usage:
         decode_worker=usage.decode_worker,
         images=usage.images,
         images_cached=usage.images_cached,
+        videos=usage.videos,
+        frames=usage.frames,
         queue_ms=usage.queue_ms,
         encode_ms=usage.encode_ms,
         prefill_ms=usage.prefill_ms,
@@ -147,6 +164,7 @@ def usage_message(usage: Usage) -> pb.Usage:
         transfer_exposed_ms=usage.transfer_exposed_ms,
         route_reason=usage.route_reason,
         compression=plan_text(usage.compression),
+        visual_tokens_by_cut=usage.visual_tokens_by_cut,
     )
 
 

@@ -1,4 +1,4 @@
-"""Images of a request: data URIs, header checks before any decoding, pixel hashes.
+"""Images and videos of a request: data URIs, header checks before any decoding, pixel hashes.
 
 Nothing is decoded before format, size, completeness and animation have been read from the header by
 :func:`prismserve.router.image_header.read_header`. Pixels are hashed over mode, shape and content, so that the same
@@ -17,21 +17,23 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from PIL import Image
 
 from prismserve.core.errors import InvalidRequestError
-from prismserve.core.hashing import digest
-from prismserve.core.types import MediaInput
+from prismserve.core.hashing import canonical_json, digest
+from prismserve.core.types import MediaInput, MediaKind
 from prismserve.router.image_header import ImageHeader, read_header
+from prismserve.router.video import FPS_MAX, FrameFitter, VideoFile, VideoSource, joined_frames
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prismserve.router.config import RouterConfig
 
-_DATA_URI: Final = re.compile(r"data:image/[a-zA-Z0-9.+-]{1,32};base64,")
+_DATA_URI: Final = {kind: re.compile(rf"data:{kind}/[a-zA-Z0-9.+-]{{1,32}};base64,") for kind in MediaKind}
+_EXAMPLES: Final = {MediaKind.IMAGE: "image/png", MediaKind.VIDEO: "video/mp4"}
 _EXIF_ORIENTATION: Final = 0x0112
 _PLAIN_MODES: Final = frozenset({"1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"})
 _PALETTE_MODES: Final = frozenset({"P", "PA"})
@@ -65,15 +67,29 @@ class ImageSource:
     content: bytes | str
     field: str
 
+    @property
+    def kind(self) -> MediaKind:
+        """An image."""
+        return MediaKind.IMAGE
 
-def decode_data_uri(uri: str, field: str) -> bytes:
-    """The file inside ``data:image/...;base64,...``; InvalidRequestError for any other URL."""
+
+Source: TypeAlias = ImageSource | VideoSource
+
+
+def _check_count(what: str, fields: Sequence[str], limit: int) -> None:
+    if len(fields) > limit:
+        message = f"{fields[limit]}: at most {limit} {what} per request, got {len(fields)}"
+        raise InvalidRequestError(message, field=fields[limit])
+
+
+def decode_data_uri(uri: str, field: str, kind: MediaKind = MediaKind.IMAGE) -> bytes:
+    """The file inside ``data:image/...;base64,...`` (or ``video``); InvalidRequestError for any other URL."""
     if not uri.startswith("data:"):
-        message = f"{field}: image URLs are off; send the image as data:image/png;base64,..."
+        message = f"{field}: {kind} URLs are off; send the {kind} as data:{_EXAMPLES[kind]};base64,..."
         raise InvalidRequestError(message, field=field)
-    match = _DATA_URI.match(uri)
+    match = _DATA_URI[kind].match(uri)
     if match is None:
-        message = f"{field}: a data URI must start with data:image/<type>;base64,"
+        message = f"{field}: a data URI must start with data:{kind}/<type>;base64,"
         raise InvalidRequestError(message, field=field)
     try:
         return base64.b64decode(uri[match.end() :].encode("ascii"), validate=True)
@@ -84,8 +100,12 @@ def decode_data_uri(uri: str, field: str) -> bytes:
 
 def check_header(header: ImageHeader, config: RouterConfig, field: str) -> None:
     """Refuse an image by its size before it is decoded."""
-    width, height = header.width_px, header.height_px
-    size = f"{field}: the image is {width}x{height} pixels;"
+    check_size(header.width_px, header.height_px, config, field)
+
+
+def check_size(width: int, height: int, config: RouterConfig, field: str, kind: MediaKind = MediaKind.IMAGE) -> None:
+    """Refuse an image or video by its size before it is decoded."""
+    size = f"{field}: the {kind} is {width}x{height} pixels;"
     longest, shortest = max(width, height), min(width, height)
     if shortest < config.min_image_side_px:
         message = f"{size} each side must have at least {config.min_image_side_px}"
@@ -132,8 +152,40 @@ def read_image(data: bytes, config: RouterConfig, field: str) -> MediaInput:
     return MediaInput(data, hashed, header.width_px, header.height_px)
 
 
+def read_video(source: VideoSource, data: Sequence[bytes], share_bytes: int, config: RouterConfig) -> MediaInput:
+    """Validate, decode and hash one video.
+
+    Args:
+        source: what was asked for.
+        data: its file, or its frames.
+        share_bytes: what its samples may take.
+        config: limits.
+
+    Raises:
+        InvalidRequestError: naming the field and the reason.
+    """
+    if not isinstance(source.content, tuple):
+
+        def check(width: int, height: int) -> None:
+            check_size(width, height, config, source.field, MediaKind.VIDEO)
+
+        return VideoFile(data[0], config, source.field, check).read(source.choice, share_bytes)
+    fields = [f"{source.field}[{index}]" for index in range(len(data))]
+    frames = (_frame(file, config, field) for file, field in zip(data, fields, strict=True))
+    fit = FrameFitter(len(data), share_bytes, config)
+    return joined_frames(frames, fields, fit, source.choice.fps or config.video_fps)
+
+
+def _frame(data: bytes, config: RouterConfig, field: str) -> Image.Image:
+    read_image(data, config, field)
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
 class MediaReader:
-    """Reads the images of requests in its own threads; remembers the hashes of files it has seen.
+    """Reads the images and videos of requests in its own threads.
+
+    Remembers the hashes of image files it has seen, and the last videos.
 
     Args:
         config: limits, number of threads and size of the memory.
@@ -143,29 +195,76 @@ class MediaReader:
         self._config = config
         self._pool = ThreadPoolExecutor(config.media_threads, thread_name_prefix="router-media")
         self._known: OrderedDict[bytes, tuple[bytes, int, int]] = OrderedDict()
+        self._videos: OrderedDict[bytes, MediaInput] = OrderedDict()
+        self._video_bytes = 0
         self.decoded_images = 0
         self.remembered_images = 0
+        self.decoded_videos = 0
+        self.remembered_videos = 0
 
-    async def read(self, sources: Sequence[ImageSource]) -> tuple[MediaInput, ...]:
-        """Validate all images of one request, in order; the count is checked before anything is decoded."""
-        if len(sources) > self._config.max_images:
-            field = sources[self._config.max_images].field
-            message = f"{field}: at most {self._config.max_images} images per request, got {len(sources)}"
-            raise InvalidRequestError(message, field=field)
+    async def read(self, sources: Sequence[Source]) -> tuple[MediaInput, ...]:
+        """Validate all images and videos of one request, in order; counts are checked before anything is decoded."""
+        videos = [source for source in sources if isinstance(source, VideoSource)]
+        images = [source for source in sources if isinstance(source, ImageSource)]
+        _check_count("images", [source.field for source in images], self._config.max_images)
+        _check_count("videos", [source.field for source in videos], self._config.max_videos)
+        for source in videos:
+            self._check_choice(source)
+        share_bytes = self._config.max_video_bytes // max(1, len(videos))
+        return tuple(
+            [
+                await (self._video(source, share_bytes) if isinstance(source, VideoSource) else self._image(source))
+                for source in sources
+            ]
+        )
+
+    async def _image(self, source: ImageSource) -> MediaInput:
         loop = asyncio.get_running_loop()
-        media = []
-        for source in sources:
-            data, name = await loop.run_in_executor(self._pool, self._unwrap, source)
-            known = self._known.get(name)
-            if known is None:
-                item = await loop.run_in_executor(self._pool, read_image, data, self._config, source.field)
-                self.decoded_images += 1
-            else:
-                item = MediaInput(data, *known)
-                self.remembered_images += 1
-            self._remember(name, item)
-            media.append(item)
-        return tuple(media)
+        data, name = await loop.run_in_executor(self._pool, self._unwrap, source)
+        known = self._known.get(name)
+        if known is None:
+            item = await loop.run_in_executor(self._pool, read_image, data, self._config, source.field)
+            self.decoded_images += 1
+        else:
+            item = MediaInput(data, *known)
+            self.remembered_images += 1
+        self._remember(name, item)
+        return item
+
+    def _check_choice(self, source: VideoSource) -> None:
+        limit, frames = self._config.max_video_frames, source.content
+        if isinstance(frames, tuple) and source.choice.num_frames is not None:
+            message = f"{source.field}: num_frames is for video files; a list of frames is taken as it is"
+        elif isinstance(frames, tuple) and not frames:
+            message = f"{source.field}: must hold at least one frame"
+        elif isinstance(frames, tuple) and len(frames) > limit:
+            message = f"{source.field}: has {len(frames)} frames, at most {limit} are allowed"
+        elif source.choice.num_frames is not None and not 1 <= source.choice.num_frames <= limit:
+            message = f"{source.field}: num_frames must be between 1 and {limit}"
+        elif source.choice.fps is not None and not 0 < source.choice.fps <= FPS_MAX:
+            message = f"{source.field}: fps must be above 0 and at most {FPS_MAX:g}"
+        elif source.choice.fps is not None and source.choice.num_frames is not None:
+            message = f"{source.field}: give fps or num_frames, not both"
+        else:
+            return
+        raise InvalidRequestError(message, field=source.field)
+
+    async def _video(self, source: VideoSource, share_bytes: int) -> MediaInput:
+        loop = asyncio.get_running_loop()
+        data, name = await loop.run_in_executor(self._pool, self._unwrap_video, source, share_bytes)
+        known = self._videos.get(name)
+        if known is not None:
+            self._videos.move_to_end(name)
+            self.remembered_videos += 1
+            return known
+        item = await loop.run_in_executor(self._pool, read_video, source, data, share_bytes, self._config)
+        self.decoded_videos += 1
+        if len(item.data) <= self._config.video_cache_bytes and name not in self._videos:
+            self._videos[name] = item
+            self._video_bytes += len(item.data)
+            while self._video_bytes > self._config.video_cache_bytes:
+                self._video_bytes -= len(self._videos.popitem(last=False)[1].data)
+        return item
 
     def close(self) -> None:
         """Stop the threads."""
@@ -176,6 +275,21 @@ class MediaReader:
         content = source.content
         data = decode_data_uri(content, source.field) if isinstance(content, str) else content
         return data, digest("image-file", data)
+
+    @staticmethod
+    def _unwrap_video(source: VideoSource, share_bytes: int) -> tuple[list[bytes], bytes]:
+        """The files, and a name for what is made of them."""
+        single = not isinstance(source.content, tuple)
+        kind = MediaKind.VIDEO if single else MediaKind.IMAGE
+        parts = (source.content,) if not isinstance(source.content, tuple) else source.content
+        data = [
+            part
+            if isinstance(part, bytes)
+            else decode_data_uri(part, source.field if single else f"{source.field}[{i}]", kind)
+            for i, part in enumerate(parts)
+        ]
+        choice = canonical_json([single, source.choice.fps, source.choice.num_frames, share_bytes])
+        return data, digest("video-file", choice, *data)
 
     def _remember(self, name: bytes, item: MediaInput) -> None:
         self._known[name] = (item.pixel_hash, item.width_px, item.height_px)

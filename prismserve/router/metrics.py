@@ -106,6 +106,9 @@ class RouterMetrics:
         self._tpot = self._histogram("request_time_per_output_token_seconds", "Mean of a request after TTFT", _ITL_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token", _E2E_S)
         self._queue = self._histogram("request_queue_time_seconds", "TTFT without encoding, prefill, transfer", _TTFT_S)
+        self._exposed = self._histogram(
+            "kv_transfer_exposed_seconds", "From the first token until the KV is verified at the decode worker", _ITL_S
+        )
         self._prompt = self._counter("prompt_tokens", "Prompt tokens served, after compression")
         self._cached = self._counter("prompt_tokens_cached", "Prompt tokens that were not prefilled again")
         self._generated = self._counter("generation_tokens", "Tokens generated")
@@ -153,6 +156,8 @@ class RouterMetrics:
         self._success.labels(model, reason).inc()
         self._e2e.labels(model).observe(e2e_s)
         self._queue.labels(model).observe(usage.queue_ms / 1e3)
+        if usage.kv_bytes_sent:
+            self._exposed.labels(model).observe(usage.transfer_exposed_ms / 1e3)
         if usage.completion_tokens > 1:
             self._tpot.labels(model).observe((e2e_s - usage.ttft_ms / 1e3) / (usage.completion_tokens - 1))
         self._prompt.labels(model).inc(usage.prompt_tokens)

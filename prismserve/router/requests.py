@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from prismserve.compression import loader, presets
+from prismserve.compression.wire import uniform
 from prismserve.core.errors import ContextLengthError, InvalidRequestError
 from prismserve.core.hashing import digest
 from prismserve.core.prompt import block_keys, elements, image_key
@@ -18,6 +19,7 @@ from prismserve.core.types import (
     CompressionPlan,
     KVLayout,
     MediaInput,
+    MediaKind,
     MediaSegment,
     Prompt,
     Request,
@@ -25,15 +27,15 @@ from prismserve.core.types import (
     Segment,
     TextSegment,
     namespace,
+    prefill_namespace,
     wire_namespace,
 )
-from prismserve.models.processing import ImageSlot
 from prismserve.router.sampling import COMPLETION_MAX_TOKENS, parse_sampling, refuse_unserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prismserve.models.processing import Processor
+    from prismserve.models.processing import MediaSlot, Processor
     from prismserve.router.calls import Call
     from prismserve.router.config import RouterConfig
     from prismserve.router.media import MediaReader
@@ -69,7 +71,7 @@ class Prepared:
     Attributes:
         keys: chained keys of the prompt's full blocks under ``request.namespace``.
         wire_keys: the same under ``request.wire_namespace``; equal to ``keys`` for exact codecs.
-        media_end_tokens: cache slots up to and including the last image; 0 without images.
+        media_end_tokens: cache slots up to and including the last image or video; 0 without any.
     """
 
     request: Request
@@ -79,7 +81,7 @@ class Prepared:
 
     @property
     def image_keys(self) -> tuple[bytes, ...]:
-        """Embedding keys, one per image in order."""
+        """Embedding keys, one per image or video in order."""
         return tuple(segment.key for segment in self.request.prompt.media_segments())
 
 
@@ -91,13 +93,13 @@ def tenant_salt(tenant: str, cache_salt: str) -> bytes:
 
 
 class RequestBuilder:
-    """Builds requests; images are read in the media threads, text is tokenized in one thread of its own.
+    """Builds requests; images and videos are read in the media threads, text is tokenized in one thread of its own.
 
     Args:
         processor: tokenizer, chat template and image token counts of the served model.
         facts: identity and limits of the served model.
         config: limits.
-        media: reads and hashes images.
+        media: reads and hashes images and videos.
         default_compression: preset or method name of requests that give none.
     """
 
@@ -138,40 +140,66 @@ class RequestBuilder:
             max_tokens_default=default,
             chat=call.messages is not None,
         )
-        self._check_images(call)
+        self._check_media(call)
         plan = self._plan(call)
         self._check_length(call)
-        media = await self._media.read(call.images)
+        media = await self._media.read(call.media)
         loop = asyncio.get_running_loop()
         work = functools.partial(self._assemble, call, media, sampling, plan, settled=settled)
         return await loop.run_in_executor(self._pool, work)
 
-    def _check_images(self, call: Call) -> None:
-        if call.images and not self._processor.supports_images:
-            message = f"{call.images[0].field}: the model {self._facts.name!r} does not take images"
-            raise InvalidRequestError(message, field=call.images[0].field)
+    def _check_media(self, call: Call) -> None:
+        takes = {MediaKind.IMAGE: self._processor.supports_images, MediaKind.VIDEO: self._processor.supports_videos}
+        for source in call.media:
+            if not takes[source.kind]:
+                message = f"{source.field}: the model {self._facts.name!r} does not take {source.kind}s"
+                raise InvalidRequestError(message, field=source.field)
 
     def _plan(self, call: Call) -> CompressionPlan:
-        """What the request asked for; of the server's default, what can act on this model's images."""
-        plan = presets.resolve(call.compression, self._default)
-        if not call.images or plan.visual.name == "none":
+        """What the request asked for; of the server's default, what can act on what the request holds."""
+        plan = self._check_prefill(call, presets.resolve(call.compression, self._default))
+        if not call.media or plan.visual.name == "none":
             return plan
         needs = frozenset(str(need) for need in loader.visual_method(plan.visual.name).needs)
-        reducible = self._processor.reducible
-        if reducible is not None and needs <= reducible:
+        for kind in sorted({source.kind for source in call.media}):
+            reducible = self._processor.reducible_of(kind)
+            if reducible is not None and needs <= reducible:
+                continue
+            if call.compression is None:
+                return dataclasses.replace(plan, visual=presets.resolve("none", "off").visual, preset="custom")
+            reason = (
+                "has structure that a reduction would break"
+                if reducible is None
+                else f"gives no {', '.join(sorted(needs - reducible))}"
+            )
+            message = (
+                f"compression.visual: method {plan.visual.name!r} cannot act on the {kind}s of {self._facts.name!r}, "
+                f"whose encoder {reason}; leave compression out or ask for 'off'"
+            )
+            raise InvalidRequestError(message, field="compression.visual")
+        return plan
+
+    def _check_prefill(self, call: Call, plan: CompressionPlan) -> CompressionPlan:
+        """The plan, without a prefill method where there is nothing to reduce, or where the default cannot act."""
+        if plan.prefill.name == "none":
             return plan
+        without = dataclasses.replace(plan, prefill=presets.resolve("none", "off").prefill)
+        if not call.media:
+            return without
+        method, field = loader.prefill_method(plan.prefill.name), "compression.prefill"
+        reason = ""
+        if not self._processor.prunable:
+            reason = f"cannot act on the visual tokens of {self._facts.name!r}; leave it out"
+        elif method.whole and plan.visual.name != "none":
+            reason = "needs every token of an image; ask for visual method 'none' with it"
+        if not reason:
+            method.cuts(loader.config_of(plan.prefill, "prefill"), self._facts.layout.layers)
+            # Which slots of a reduced layer hold text is not known before it is computed.
+            return dataclasses.replace(plan, wire=uniform(plan.wire))
         if call.compression is None:
-            return dataclasses.replace(plan, visual=presets.resolve("none", "off").visual, preset="custom")
-        reason = (
-            "has structure that a reduction would break"
-            if reducible is None
-            else f"gives no {', '.join(sorted(needs - reducible))}"
-        )
-        message = (
-            f"compression.visual: method {plan.visual.name!r} cannot act on the images of {self._facts.name!r}, whose "
-            f"encoder {reason}; leave compression out or ask for 'off'"
-        )
-        raise InvalidRequestError(message, field="compression.visual")
+            return dataclasses.replace(without, preset="custom")
+        message = f"{field}: method {method.name!r} {reason}"
+        raise InvalidRequestError(message, field=field)
 
     def _check_length(self, call: Call) -> None:
         if call.messages is not None:
@@ -196,7 +224,7 @@ class RequestBuilder:
         salt = tenant_salt(call.tenant.name, call.cache_salt)
         prompt = self._prompt(call, media, plan, salt)
         sampling = self._fit(call, prompt, sampling, settled=settled)
-        root = namespace(self._facts.fingerprint, self._facts.layout, salt)
+        root = prefill_namespace(namespace(self._facts.fingerprint, self._facts.layout, salt), plan.prefill)
         wire_root = wire_namespace(root, plan.wire, lossy=loader.codec(plan.wire.name).lossy)
         request = Request(
             request_id=uuid.uuid4().hex,
@@ -218,7 +246,7 @@ class RequestBuilder:
 
     def _prompt(self, call: Call, media: Sequence[MediaInput], plan: CompressionPlan, salt: bytes) -> Prompt:
         if call.messages is not None:
-            tokens: Sequence[int | ImageSlot] = self._processor.render_chat(call.messages)
+            tokens: Sequence[int | MediaSlot] = self._processor.render_chat(call.messages)
         elif call.prompt_ids is not None:
             self._refuse_placeholder(call.prompt_ids)
             tokens = call.prompt_ids
@@ -230,7 +258,7 @@ class RequestBuilder:
         segments: list[Segment] = []
         run: list[int] = []
         for token in tokens:
-            if not isinstance(token, ImageSlot):
+            if isinstance(token, int):
                 run.append(token)
                 continue
             if run:
@@ -244,17 +272,22 @@ class RequestBuilder:
     def _media_segment(
         self, index: int, media: Sequence[MediaInput], plan: CompressionPlan, visual: bytes
     ) -> MediaSegment:
-        item, images = media[index], len(media)
-        layout = self._processor.image_layout(item.width_px, item.height_px, images=images)
-        fingerprint = self._processor.image_fingerprint(images)
+        item = media[index]
+        if item.times is not None:
+            layout = self._processor.video_layout(item.width_px, item.height_px, item.times)
+            fingerprint = self._processor.video_fingerprint
+        else:
+            images = sum(entry.kind is MediaKind.IMAGE for entry in media)
+            layout = self._processor.image_layout(item.width_px, item.height_px, images=images)
+            fingerprint = self._processor.image_fingerprint(images)
         key = image_key(item.pixel_hash, fingerprint, self._facts.encoder_fingerprint, visual)
-        kept = loader.kept_tokens(plan.visual, layout.tokens)
-        return MediaSegment(index, key, kept, layout.tokens, layout.position_span)
+        kept = layout.kept(loader.kept_tokens(plan.visual, layout.raster_tokens))
+        return MediaSegment(index, key, kept, layout.tokens, layout.position_span, layout.position_reach)
 
     def _refuse_placeholder(self, ids: Sequence[int]) -> None:
-        placeholder = self._processor.image_token_id
-        if placeholder is not None and placeholder in ids:
-            message = f"prompt: token id {placeholder} is the image placeholder; send images in chat messages"
+        placeholder = next((token for token in ids if token in self._processor.placeholder_ids), None)
+        if placeholder is not None:
+            message = f"prompt: token id {placeholder} is a placeholder; send images and videos in chat messages"
             raise InvalidRequestError(message, field="prompt")
 
     def _fit(self, call: Call, prompt: Prompt, sampling: SamplingParams, *, settled: bool) -> SamplingParams:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import prismserve
 from prismserve.core.errors import PrismServeError, RequestCancelledError
+from prismserve.core.types import MediaKind
 from prismserve.kv_transfer.index.mirror import Mirror
 from prismserve.models.token_bytes import TokenBytes
 from prismserve.router.admission import Admission
@@ -132,12 +133,14 @@ class RouterService:
             choices = choices_of(call.options, self.config)
             with self.admission.slot(call.tenant, choices):
                 prepared = await self._builder.build(call)
-                run = functools.partial(self._run, call, arrived_at)
-                stream = run(prepared, None) if choices == 1 else run_choices(run, prepared, choices)
-                async with contextlib.aclosing(stream) as events:
-                    async for event in events:
-                        ended = isinstance(event, Finished) and event.usage is not None
-                        yield event
+                samples = sum(len(item.data) for item in prepared.request.media if item.kind is MediaKind.VIDEO)
+                with self.admission.videos(samples):
+                    run = functools.partial(self._run, call, arrived_at)
+                    stream = run(prepared, None) if choices == 1 else run_choices(run, prepared, choices)
+                    async with contextlib.aclosing(stream) as events:
+                        async for event in events:
+                            ended = isinstance(event, Finished) and event.usage is not None
+                            yield event
         except PrismServeError as error:
             ended = True
             self.metrics.failed(type(error).__name__)
@@ -169,6 +172,8 @@ class RouterService:
                 "index_keys": len(self.mirror),
                 "images_decoded": self._media.decoded_images,
                 "images_remembered": self._media.remembered_images,
+                "videos_decoded": self._media.decoded_videos,
+                "videos_remembered": self._media.remembered_videos,
             },
             "pools": pool_status(sessions),
             "workers": [worker_status(session) for session in sessions],

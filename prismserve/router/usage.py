@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prismserve.core.hashing import canonical_json
+from prismserve.core.types import MediaKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +21,12 @@ class Usage:
     """The usage report of one request; OpenAI's counts and ours.
 
     Attributes:
-        prompt_tokens: cache slots of the prompt, after visual compression.
+        prompt_tokens: cache slots of the prompt, after visual compression; a prefill method does not change them.
+        visual_tokens_after: visual tokens that are left, in the last layer where layers differ.
+        visual_tokens_by_cut: visual tokens that a prefill method left behind each of its cuts; empty without one.
         cached_tokens: of those, how many were not prefilled again.
+        images_cached: images and videos that were not encoded again.
+        frames: frames of all videos, as the model saw them.
         kv_bytes_before: KV of the prompt without any compression, in bytes.
         kv_bytes_after: KV that was kept, in bytes of the resident type.
         kv_bytes_sent: KV that crossed between workers, as encoded.
@@ -46,11 +51,14 @@ class Usage:
     transfer_exposed_ms: float
     images: int
     images_cached: int
+    videos: int
+    frames: int
     prefill_worker: str
     decode_worker: str
     route_reason: str
     compression: CompressionPlan
     attempts: int
+    visual_tokens_by_cut: tuple[int, ...] = ()
 
     def openai(self) -> dict[str, Any]:
         """The ``usage`` object of OpenAI's API with the block ``prismserve``."""
@@ -62,6 +70,7 @@ class Usage:
             "prismserve": {
                 "visual_tokens_before": self.visual_tokens_before,
                 "visual_tokens_after": self.visual_tokens_after,
+                "visual_tokens_by_cut": list(self.visual_tokens_by_cut),
                 "kv_bytes_before": self.kv_bytes_before,
                 "kv_bytes_after": self.kv_bytes_after,
                 "kv_bytes_sent": self.kv_bytes_sent,
@@ -74,6 +83,8 @@ class Usage:
                 "transfer_exposed_ms": round(self.transfer_exposed_ms, 3),
                 "images": self.images,
                 "images_cached": self.images_cached,
+                "videos": self.videos,
+                "frames": self.frames,
                 "prefill_worker": self.prefill_worker,
                 "decode_worker": self.decode_worker,
                 "route_reason": self.route_reason,
@@ -86,10 +97,12 @@ class Usage:
 def plan_json(plan: CompressionPlan) -> dict[str, Any]:
     """A resolved plan as the API shows it: parameters without the method's version."""
     visual = {name: value for name, value in plan.visual.params if name != "version"}
+    prefill = {name: value for name, value in plan.prefill.params if name != "version"}
     wire = {name: value for name, value in plan.wire.params if name != "version"}
     return {
         "preset": plan.preset,
         "visual": {"method": plan.visual.name, **visual},
+        "prefill": {"method": plan.prefill.name, **prefill},
         "wire": {"codec": plan.wire.name, **wire},
     }
 
@@ -130,16 +143,17 @@ def combine(usages: Sequence[Usage]) -> Usage:
 
 def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
     """Compose the report of a finished request; ``token_bytes`` is the KV of one token over all layers."""
-    prompt = prepared.request.prompt
+    prompt, media = prepared.request.prompt, prepared.request.media
     report = served.report
     ttft_ms = served.ttft_s * 1e3
+    by_cut = report.visual_tokens_by_cut if report else ()
     busy_ms = report.encode_ms + report.prefill_ms + report.transfer_exposed_ms if report else 0.0
     return Usage(
         prompt_tokens=prompt.tokens,
         completion_tokens=served.completion_tokens,
         cached_tokens=min(report.cached_tokens, prompt.tokens) if report else 0,
         visual_tokens_before=prompt.visual_tokens_raw,
-        visual_tokens_after=prompt.visual_tokens,
+        visual_tokens_after=by_cut[-1] if by_cut else prompt.visual_tokens,
         kv_bytes_before=prompt.raw_tokens * token_bytes,
         kv_bytes_after=report.kv_bytes_kept if report and report.kv_bytes_kept else prompt.tokens * token_bytes,
         kv_bytes_sent=report.kv_bytes_sent if report else 0,
@@ -150,11 +164,14 @@ def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
         prefill_ms=report.prefill_ms if report else 0.0,
         transfer_ms=report.transfer_ms if report else 0.0,
         transfer_exposed_ms=report.transfer_exposed_ms if report else 0.0,
-        images=len(prepared.request.media),
+        images=sum(item.kind is MediaKind.IMAGE for item in media),
+        videos=sum(item.kind is MediaKind.VIDEO for item in media),
+        frames=sum(item.frames for item in media),
         images_cached=report.images_cached if report else 0,
         prefill_worker=served.first.prefill_worker or served.first.decode_worker,
         decode_worker=served.last.decode_worker,
         route_reason=served.first.reason,
         compression=prepared.request.compression,
         attempts=served.attempts,
+        visual_tokens_by_cut=by_cut,
     )

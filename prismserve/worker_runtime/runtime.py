@@ -20,7 +20,7 @@ from prismserve.core.errors import (
     EngineError,
     InvalidRequestError,
 )
-from prismserve.core.types import TokenOutput, WorkerInfo, WorkerState, WorkerStats
+from prismserve.core.types import Tier, TokenOutput, WorkerInfo, WorkerState, WorkerStats
 from prismserve.engine.engine import Engine
 from prismserve.engine.loop import EngineLoop
 from prismserve.kv_transfer.arena import Arena
@@ -144,7 +144,7 @@ class WorkerRuntime:
             message = f"the data plane cannot listen on {config.host}: set the worker's host to an address of this node"
             raise ConfigurationError(message, field="host")
         arena = Arena(config.transfer)
-        self.hub = TransportHub(worker_id, arena, config.transfer)
+        self.hub = TransportHub(worker_id, arena, config.transfer.model_copy(update={"host": config.host}))
         self.receiver = Receiver(self.hub, self.engine.layout)
         info = WorkerInfo(
             worker_id=worker_id,
@@ -159,7 +159,7 @@ class WorkerRuntime:
             endpoint=self.hub.endpoint(),
             state=WorkerState.STARTING,
         )
-        self.lease = WorkerLease(self.index, info, lambda: list(self._held), IndexConfig())
+        self.lease = WorkerLease(self.index, info, lambda: {Tier.DEVICE: list(self._held)}, IndexConfig())
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)

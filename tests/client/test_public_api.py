@@ -33,6 +33,7 @@ NAMES = [
     "UnavailableError",
     "UnsupportedError",
     "Usage",
+    "Video",
     "WorkerStatus",
 ]
 

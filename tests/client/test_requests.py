@@ -139,3 +139,26 @@ def test_a_malformed_request_is_refused_before_it_is_sent_and_names_the_field(co
 def test_an_image_over_the_limit_is_refused() -> None:
     with pytest.raises(RequestError, match="limit"):
         build_request("q", {"images": [bytes(IMAGE_BYTES_MAX + 1)]})
+
+
+def test_videos_are_files_or_frames_with_their_options(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"file")
+    videos = [path, Video([b"one", b"two"], fps=2), Video(b"webm", num_frames=3)]
+    request = build_request("What moves?", {"images": [b"png"], "videos": videos})
+    parts = request.messages[0].content
+    assert [part.WhichOneof("part") for part in parts] == ["image", "video", "video", "video", "text"]
+    file, frames, counted = (part.video for part in parts[1:4])
+    assert (file.file, file.HasField("fps")) == (b"file", False)
+    assert (list(frames.frames), frames.fps) == ([b"one", b"two"], 2)
+    assert (counted.file, counted.num_frames) == (b"webm", 3)
+
+
+@pytest.mark.parametrize(
+    ("videos", "field"),
+    [("clip.mp4", "videos"), ([b""], "videos[0]"), ([[]], "videos[0]"), ([Video(b"x", fps="a")], "videos[0]"), ([3], "videos[0]")],
+)
+def test_a_video_that_cannot_be_sent_is_refused_by_field(videos, field):
+    with pytest.raises(RequestError) as caught:
+        build_request("What moves?", {"videos": videos})
+    assert caught.value.field == field

@@ -54,7 +54,7 @@ def test_what_is_left_out_comes_from_the_preset_or_the_default(value, default, e
         (3, InvalidRequestError, "compression", "a number"),
         (True, InvalidRequestError, "compression", "a boolean"),
         ([], InvalidRequestError, "compression", "a list"),
-        ({"presett": "off"}, InvalidRequestError, "compression.presett", "available: preset, visual, wire"),
+        ({"presett": "off"}, InvalidRequestError, "compression.presett", "available: preset, visual, prefill, wire"),
         ({1: "off"}, InvalidRequestError, "compression", "keys are strings"),
         ({"preset": 1}, InvalidRequestError, "compression.preset", "a number"),
         ({"preset": "visionzip"}, UnknownMethodError, "compression.preset", "available: off, quality, balanced, turbo"),

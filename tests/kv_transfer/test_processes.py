@@ -31,13 +31,13 @@ def shared_memory() -> set[str]:
 
 @pytest.fixture(scope="module")
 def peer() -> Iterator[Peer]:
-    peer = Peer("b", config("nixl", "shm"))
+    peer = Peer("b", config("nixl", "shm", "nccl"))
     yield peer
     peer.close()
 
 
-@pytest.mark.parametrize("transport", ["shm", "nixl"])
-@pytest.mark.parametrize(("codec", "atol"), [("none", 0.0), ("int8", 0.05)])
+@pytest.mark.parametrize("transport", ["shm", "nixl", "nccl"])
+@pytest.mark.parametrize(("codec", "atol"), [("none", 0.0), ("int8", 0.05), ("int4", 0.5), ("fp8", 0.3)])
 def test_kv_arrives_in_another_process_bit_for_bit_or_within_the_codecs_bound(
     transport, codec, atol, make_worker, peer
 ):

@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_processing_utils import BatchFeature
+from transformers.video_utils import VideoMetadata
 
 from prismserve.compression.loader import normalise, visual_method
 from prismserve.core.prompt import image_key
 from prismserve.core.types import (
     CompressionPlan,
+    FrameTimes,
     MediaInput,
+    MediaKind,
     MediaSegment,
     Prompt,
     Request,
@@ -27,7 +31,7 @@ from prismserve.core.types import (
 from prismserve.engine.config import EngineConfig
 from prismserve.engine.engine import Engine
 from prismserve.models.loader import load_model
-from prismserve.models.processing import ChatMessage, ImageSlot, Processor
+from prismserve.models.processing import ChatMessage, ImageSlot, Processor, VideoSlot
 from tests.models.zoo import Specimen
 
 NAMESPACE = b"n" * 32
@@ -42,17 +46,49 @@ def picture(seed: int, width_px: int, height_px: int) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A video: its frames, uint8 [frames, height, width, 3], and where in the original they stood."""
+
+    frames: np.ndarray[Any, Any]
+    indices: tuple[int, ...]
+    total: int
+    fps: float
+
+    @property
+    def times(self) -> FrameTimes:
+        return FrameTimes(tuple(at / self.fps for at in self.indices), len(self.indices) / self.total * self.fps)
+
+
+def clip(seed: int, width_px: int, height_px: int, indices: tuple[int, ...], fps: float = 12.5) -> Clip:
+    """Frames of coarse noise out of a video of 50."""
+    frames = [np.asarray(picture(seed * 100 + at, width_px, height_px)) for at in indices]
+    return Clip(np.stack(frames), indices, 50, fps)
+
+
+@dataclass(frozen=True)
 class Case:
-    """One user turn."""
+    """One user turn: images, videos, then the question."""
 
     question: str
     images: tuple[Image.Image, ...] = ()
+    videos: tuple[Clip, ...] = ()
 
 
 CASES = {
     "no image": Case("What is the color of the sky?"),
     "one image": Case("What is in the picture?", (picture(1, 70, 40),)),
     "several images": Case("Which is red?", (picture(2, 40, 90), picture(1, 70, 40), picture(3, 33, 33))),
+}
+
+VIDEO_CASES = {
+    # An odd number of frames; and times that reach beyond the positions of the text behind.
+    "one video": Case("What moves?", videos=(clip(4, 70, 40, (0, 9, 21, 30, 44)),)),
+    "slow video": Case("?", videos=(clip(5, 33, 50, (0, 30), fps=0.2),)),
+    "video and images": Case(
+        "Which is it?",
+        (picture(1, 70, 40), picture(2, 40, 90)),
+        (clip(6, 40, 40, (3, 7, 20)), clip(7, 40, 40, (1, 2, 49), fps=24.0)),
+    ),
 }
 
 
@@ -69,11 +105,12 @@ class Ours:
         self.model = load_model(self.directory, dtype=self.dtype)
 
     def request(self, name: str, case: Case, tokens: int, visual: CompressionPlan = OFF) -> Request:
-        parts = (*(ImageSlot(index) for index in range(len(case.images))), case.question)
-        media = tuple(_media(image) for image in case.images)
+        images = len(case.images)
+        slots = [ImageSlot(i) if i < images else VideoSlot(i) for i in range(images + len(case.videos))]
+        media = (*(_media(image) for image in case.images), *(_video(video) for video in case.videos))
         segments: list[TextSegment | MediaSegment] = []
         run: list[int] = []
-        for item in self.processor.render_chat([ChatMessage("user", parts)]):
+        for item in self.processor.render_chat([ChatMessage("user", (*slots, case.question))]):
             if isinstance(item, int):
                 run.append(item)
                 continue
@@ -86,14 +123,18 @@ class Ours:
         return Request(name, 0, NAMESPACE, NAMESPACE, prompt, media, sampling, visual)
 
     def _segment(self, index: int, media: tuple[MediaInput, ...], visual: CompressionPlan) -> MediaSegment:
-        entry, images = media[index], len(media)
-        layout = self.processor.image_layout(entry.width_px, entry.height_px, images=images)
+        entry, images = media[index], sum(item.kind is MediaKind.IMAGE for item in media)
+        if entry.times is None:
+            layout = self.processor.image_layout(entry.width_px, entry.height_px, images=images)
+            fingerprint = self.processor.image_fingerprint(images)
+        else:
+            layout = self.processor.video_layout(entry.width_px, entry.height_px, entry.times)
+            fingerprint = self.processor.video_fingerprint
         method = visual_method(visual.visual.name)
         values = {key: value for key, value in visual.visual.params if key != "version"}
-        kept = method.kept_tokens(method.Config(**values), layout.tokens)
-        fingerprint = self.processor.image_fingerprint(images)
+        kept = layout.kept(method.kept_tokens(method.Config(**values), layout.raster_tokens))
         key = image_key(entry.pixel_hash, fingerprint, self.model.encoder_fingerprint, visual.visual.fingerprint())
-        return MediaSegment(index, key, kept, layout.tokens, layout.position_span)
+        return MediaSegment(index, key, kept, layout.tokens, layout.position_span, layout.position_reach)
 
     def run(self, requests: Sequence[Request], **config: Any) -> dict[str, list[int]]:
         """Greedy tokens of each request, all submitted at once; logits of every step into ``logits``."""
@@ -128,26 +169,65 @@ def _media(image: Image.Image) -> MediaInput:
     return MediaInput(buffer.getvalue(), pixel_hash, *image.size)
 
 
+def _video(video: Clip) -> MediaInput:
+    data = video.frames.tobytes()
+    pixel_hash = hashlib.sha256(str(video.frames.shape).encode() + video.times.packed() + data).digest()
+    return MediaInput(data, pixel_hash, video.frames.shape[2], video.frames.shape[1], video.times)
+
+
+class VideoPixels:
+    """In place of transformers' video processors, which need torchvision: the pixels that we give our encoder.
+
+    What a processor does with them, text and times included, is transformers' own.
+    """
+
+    def __init__(self, processor: Processor, images: Any) -> None:
+        """Give pixels as ``processor`` does; patches are those of the image processor."""
+        self._recipe = processor._video_recipe
+        self.merge_size = getattr(images, "merge_size", None)
+        self.temporal_patch_size = getattr(images, "temporal_patch_size", None)
+        self.model_input_names = ["pixel_values_videos"]
+
+    def __call__(self, videos: Sequence[np.ndarray[Any, Any]], **options: Any) -> BatchFeature:
+        tensors = [self._recipe.tensors(np.asarray(video)) for video in videos]
+        names = {"pixel_values": "pixel_values_videos"}
+        together = torch.stack if "pixel_values" in tensors[0] else torch.cat
+        data = {names.get(name, name): together([item[name] for item in tensors]) for name in tensors[0]}
+        return BatchFeature({**data, "video_metadata": options["video_metadata"]})
+
+
 class Theirs:
     """The same checkpoint in transformers."""
 
-    def __init__(self, specimen: Specimen, model: Any) -> None:
-        """Answer with ``model``."""
+    def __init__(self, specimen: Specimen, model: Any, processor: Processor) -> None:
+        """Answer with ``model``; only the pixels of videos are from ``processor``."""
         self.model = model
         self.processor = specimen.processor()
         self.placeholder = specimen.placeholder
         self.sees = specimen.sees
+        self.video = specimen.video
         self.cases = {name: case for name, case in CASES.items() if specimen.sees or not case.images}
+        if specimen.video:
+            self.processor.video_processor = VideoPixels(processor, self.processor.image_processor)
+            self.cases |= VIDEO_CASES
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """What the model takes: transformers' own reading of the rendered chat."""
-        images = self.placeholder * len(case.images)
-        text = f"<|im_start|>user\n{images}{case.question}<|im_end|>\n<|im_start|>assistant"
+        media = self.placeholder * len(case.images) + self.video * len(case.videos)
+        text = f"<|im_start|>user\n{media}{case.question}<|im_end|>\n<|im_start|>assistant"
         if not self.sees:
             return dict(self.processor.tokenizer(text, return_tensors="pt"))
-        return dict(
-            self.processor(images=[list(case.images)] if case.images else None, text=[text], return_tensors="pt")
-        )
+        videos: dict[str, Any] = {}
+        if case.videos:
+            metadata = [
+                VideoMetadata(total_num_frames=item.total, fps=item.fps, frames_indices=list(item.indices))
+                for item in case.videos
+            ]
+            videos = {"videos": [item.frames for item in case.videos], "video_metadata": metadata}
+        images = [list(case.images)] if case.images else None
+        inputs = dict(self.processor(images=images, text=[text], return_tensors="pt", **videos))
+        inputs.pop("video_metadata", None)
+        return inputs
 
     def generate(self, case: Case, tokens: int) -> tuple[list[int], torch.Tensor]:
         """Greedy tokens, and the logits [tokens, vocabulary] they were taken from."""

@@ -62,10 +62,10 @@ TEXT_TEMPLATE = (
 )
 
 
-def chat_template(image: str) -> str:
-    """Turns between control tokens, with ``image`` where an image stands."""
+def chat_template(image: str, video: str = "<video>") -> str:
+    """Turns between control tokens, with ``image`` where an image stands and ``video`` where a video does."""
     return (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
-        "{% if part.type == 'image' %}" + image + "{% elif part.type == 'video' %}<video>{% else %}{{ part.text }}"
-        "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant"
+        "{% if part.type == 'image' %}" + image + "{% elif part.type == 'video' %}" + video + "{% else %}"
+        "{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant"
     )

@@ -106,6 +106,7 @@ class Specimen:
         placeholder: what its chat template writes for an image.
         hub_key: a current key to the hub's older layout, where there is one.
         sees: whether it takes images.
+        video: what its chat template writes for a video, if it takes any.
     """
 
     model: Callable[[int], Any]
@@ -113,6 +114,7 @@ class Specimen:
     placeholder: str = "<image>"
     hub_key: Callable[[str], str] | None = None
     sees: bool = True
+    video: str = ""
 
     def save(self, directory: Path, seed: int = 0, *, older: bool = False, shards: int = 1) -> Any:
         """Write the checkpoint; returns transformers' model."""
@@ -123,7 +125,7 @@ class Specimen:
         template = TEXT_TEMPLATE
         if self.sees:
             processor.image_processor.save_pretrained(directory)
-            template = chat_template(self.placeholder)
+            template = chat_template(self.placeholder, self.video)
         (directory / "chat_template.jinja").write_text(template)
         return model
 
@@ -306,6 +308,7 @@ def _gemma_processor() -> Gemma3Processor:
 
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 def _text(config: Any, **extra: Any) -> Specimen:
@@ -333,7 +336,10 @@ SPECIMENS = {
         _model(LlavaNextForConditionalGeneration, _next_config), _next_processor, hub_key=_llava_key
     ),
     "llava_onevision": Specimen(
-        _model(LlavaOnevisionForConditionalGeneration, _onevision_config), _onevision_processor, hub_key=_llava_key
+        _model(LlavaOnevisionForConditionalGeneration, _onevision_config),
+        _onevision_processor,
+        hub_key=_llava_key,
+        video="<video>",
     ),
     "idefics3": Specimen(_model(Idefics3ForConditionalGeneration, _idefics_config), _idefics_processor),
     "smolvlm": Specimen(
@@ -345,23 +351,27 @@ SPECIMENS = {
         _internvl_processor,
         "<IMG_CONTEXT>",
         hub_key=_llava_key,
+        video="<video>",
     ),
     "qwen2_vl": Specimen(
         _model(Qwen2VLForConditionalGeneration, _qwen2_vl_config),
         lambda: _qwen_processor(Qwen2VLProcessor),
         _QWEN_IMAGE,
         hub_key=_qwen_key,
+        video=_QWEN_VIDEO,
     ),
     "qwen2_5_vl": Specimen(
         _model(Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl_config),
         lambda: _qwen_processor(Qwen2_5_VLProcessor),
         _QWEN_IMAGE,
         hub_key=_qwen_key,
+        video=_QWEN_VIDEO,
     ),
     "qwen3_vl": Specimen(
         _model(Qwen3VLForConditionalGeneration, _qwen3_vl_config),
         lambda: _qwen_processor(Qwen3VLProcessor),
         _QWEN_IMAGE,
+        video=_QWEN_VIDEO,
     ),
     "gemma3": Specimen(
         _model(Gemma3ForConditionalGeneration, _gemma_config),
@@ -372,3 +382,4 @@ SPECIMENS = {
 }
 
 SEEING = [name for name, specimen in SPECIMENS.items() if specimen.sees]
+WATCHING = [name for name, specimen in SPECIMENS.items() if specimen.video]

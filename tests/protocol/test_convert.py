@@ -14,6 +14,7 @@ from prismserve.core.types import (
     ConstraintKind,
     Extent,
     FinishReason,
+    FrameTimes,
     Manifest,
     MediaInput,
     MediaSegment,
@@ -36,6 +37,7 @@ KEY = bytes(range(32))
 SPEC = MethodSpec("visionzip", (("contextual", 0.15625), ("keep", 64), ("merge", "sum"), ("none", None), ("on", True)))
 
 
+VIDEO = MediaInput(bytes(range(18)), KEY, 3, 1, FrameTimes((0.0, 0.1), 4.5))
 LOGPROBS = (TokenLogprobs(-0.5, ((5, -0.5), (2, -1.25))), TokenLogprobs(-9999.0))
 
 
@@ -45,8 +47,15 @@ def request() -> Request:
         attempt=2,
         namespace=KEY,
         wire_namespace=KEY[::-1],
-        prompt=Prompt((TextSegment((4,)), MediaSegment(0, KEY, 49, 196, 14), TextSegment((7, 8, 5)))),
-        media=(MediaInput(b"png", KEY, 224, 200),),
+        prompt=Prompt(
+            (
+                TextSegment((4,)),
+                MediaSegment(0, KEY, 49, 196, 14),
+                MediaSegment(1, KEY, 8, 8, 2, 50),
+                TextSegment((7, 8, 5)),
+            )
+        ),
+        media=(MediaInput(b"png", KEY, 224, 200), VIDEO),
         sampling=SamplingParams(
             max_tokens=9,
             temperature=0.5,
@@ -67,6 +76,13 @@ def request() -> Request:
 def test_a_request_survives_the_wire() -> None:
     message = pb.Request.FromString(convert.request_to_proto(request()).SerializeToString())
     assert convert.request_from_proto(message) == request()
+
+
+@pytest.mark.parametrize("changed", [{"data": bytes(17)}, {"height_px": 2}, {"times": FrameTimes((), 1.0)}])
+def test_a_video_whose_samples_do_not_fill_its_frames_is_refused(changed) -> None:
+    media = (replace(VIDEO, **changed), VIDEO)
+    with pytest.raises(TransferError, match=r"a video of \d frames takes \d+ bytes, got"):
+        convert.request_from_proto(convert.request_to_proto(replace(request(), media=media)))
 
 
 def test_what_a_request_leaves_out_stays_out() -> None:
@@ -94,8 +110,8 @@ def test_an_image_whose_tokens_have_a_position_each_stays_one() -> None:
 
 def test_a_media_reference_out_of_range_is_refused() -> None:
     message = convert.request_to_proto(request())
-    message.segments[1].media_index = 1
-    with pytest.raises(TransferError, match="media 1 of 1"):
+    message.segments[1].media_index = 2
+    with pytest.raises(TransferError, match="media 2 of 2"):
         convert.request_from_proto(message)
 
 

@@ -27,7 +27,7 @@ def build(tmp_path):
         builder = RequestBuilder(processor, facts, config, MediaReader(config), default)
         parts = (*(ImageSlot(index) for index in range(images)), "What is it?")
         sources = tuple(ImageSource(png(index), f"messages[0].content[{index}]") for index in range(images))
-        call = Call({}, messages=(ChatMessage("user", parts),), images=sources, compression=compression)
+        call = Call({}, messages=(ChatMessage("user", parts),), media=sources, compression=compression)
         return builder.build(call)
 
     return make

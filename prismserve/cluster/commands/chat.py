@@ -1,11 +1,11 @@
-"""``prismserve chat IMAGE… "question"``: ask a running cluster by gRPC, and print the answer as it arrives."""
+"""``prismserve chat FILE… "question"``: ask a running cluster by gRPC, and print the answer as it arrives."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from prismserve.client import Client, ClientError
 from prismserve.cluster.commands.connection import (
@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from prismserve.client.requests import GenerateOptions
 
 
+_VIDEO_SUFFIXES: Final = frozenset({".mp4", ".m4v", ".webm"})
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = __doc__
     parser.epilog = EXIT_HELP
     parser.add_argument(
-        "inputs", nargs="+", metavar="IMAGE… QUESTION", help="any number of PNG, JPEG or WebP files, then the question"
+        "inputs", nargs="+", metavar="FILE… QUESTION", help="PNG, JPEG, WebP, MP4 or WebM files, then the question"
     )
     add_connection_arguments(parser, timeout_s=120.0)
     parser.add_argument("--model", default="", help="served model name (default: the only one)")
@@ -76,7 +79,7 @@ def _mistake(images: Sequence[str], question: str) -> str:
     """What is wrong with the positional arguments, or nothing."""
     missing = [image for image in images if not Path(image).is_file()]
     if missing:
-        return f"{missing[0]} is not a file; every argument before the question is an image"
+        return f"{missing[0]} is not a file; every argument before the question is an image or a video"
     if not question.strip():
         return "the question is empty"
     if Path(question).is_file():
@@ -84,9 +87,14 @@ def _mistake(images: Sequence[str], question: str) -> str:
     return ""
 
 
+def _is_video(path: str) -> bool:
+    return Path(path).suffix.lower() in _VIDEO_SUFFIXES
+
+
 def _converse(client: Client, args: argparse.Namespace, images: Sequence[str], question: str) -> int:
     options: GenerateOptions = {
-        "images": images,
+        "images": [path for path in images if not _is_video(path)],
+        "videos": [path for path in images if _is_video(path)],
         "model": args.model,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
@@ -116,6 +124,7 @@ def usage_text(usage: Usage) -> str:
     lines = {
         "tokens": f"{usage.prompt_tokens} in ({usage.cached_tokens} cached), {usage.completion_tokens} out",
         "images": f"{usage.images}, {usage.images_cached} of them from the cache",
+        "videos": f"{usage.videos}, {usage.frames} frames",
         "visual tokens": f"{visual} ({compression or 'off'})",
         "KV": f"{kv}, sent: {sent}",
         "first token": f"{usage.ttft_ms:.1f} ms ({parts}, exposed transfer {usage.transfer_exposed_ms:.1f})",

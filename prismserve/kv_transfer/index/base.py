@@ -1,6 +1,10 @@
 """The interface of the index: a registry of workers and a global map from keys to their holders.
 
-Keys are 32-byte digests; block keys and image-embedding keys share one space. Every call has a deadline
+Keys are 32-byte digests; block keys and image-embedding keys share one space. An entry says that a worker, under its
+current epoch, holds a key in a tier (:class:`~prismserve.core.types.Tier`: device, host or disk); it may hold one key in
+several. ``announce`` inserts and removes entries, ``follow`` subscribes a
+:class:`~prismserve.kv_transfer.index.mirror.Mirror`, and the mirror matches the longest prefix over holders
+(``longest``) or over holders and tiers (``match``) without a call to the index. Every call has a deadline
 (``IndexConfig.call_timeout_s``) and raises :class:`~prismserve.core.errors.IndexUnavailableError` when the index
 cannot answer.
 
@@ -32,6 +36,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.hashing import DIGEST_BYTES
+from prismserve.core.types import Tier
 
 if TYPE_CHECKING:
     import asyncio
@@ -64,6 +69,7 @@ class IndexEvent:
         added: 32-byte keys the worker now holds.
         removed: 32-byte keys it no longer holds.
         info: the worker's record, for REGISTER and STATE.
+        tier: where it holds ``added`` and held ``removed``.
     """
 
     kind: EventKind
@@ -72,6 +78,7 @@ class IndexEvent:
     added: Sequence[bytes] = ()
     removed: Sequence[bytes] = ()
     info: WorkerInfo | None = None
+    tier: Tier = Tier.DEVICE
 
 
 class KVIndex(Protocol):
@@ -112,16 +119,22 @@ class KVIndex(Protocol):
         added: Sequence[bytes],
         removed: Sequence[bytes] = (),
         *,
+        tier: Tier = Tier.DEVICE,
         replace: bool = False,
     ) -> bool:
-        """Say which keys a worker gained and lost. Calls for one worker must not overlap: their order counts.
+        """Say which keys a worker gained and lost in one tier.
+
+        Calls for one worker must not overlap: their order counts. A block that moves between tiers is added to the
+        one before it is removed from the other, so that it is never missing.
 
         Args:
             worker_id: who announces.
             epoch: the epoch its registration returned.
-            added: 32-byte keys it holds now; a key in both sequences counts as removed.
+            added: 32-byte keys it holds now; a key in both sequences counts as removed. Those that follow each other
+                in a chain should do so here: mirrors then find chains at once.
             removed: 32-byte keys it no longer holds.
-            replace: forget every earlier entry of this worker first.
+            tier: where it holds, or held, these keys; entries in other tiers stay.
+            replace: forget every earlier entry of this worker first, in all tiers.
 
         Returns:
             False when this registration is gone or fenced; followers ignore such announcements.

@@ -16,11 +16,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 from prismserve.core.errors import ConfigurationError, IndexUnavailableError
-from prismserve.core.types import WorkerInfo
+from prismserve.core.types import Tier, WorkerInfo
 from prismserve.kv_transfer.index.client import Connection
 from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.mirror import Mirror
@@ -99,20 +99,25 @@ class RedisFollower:
 
     async def _load(self, mirror: Mirror, info: WorkerInfo) -> None:
         """Replace one worker's entries by what the index holds, without stopping the loop for long."""
-        held = self._names.held(info.worker_id, info.epoch)
-        pages: list[list[bytes]] = []
+        pages = [(tier, page) for tier in Tier async for page in self._pages(info, tier)]
+        mirror.reset(info.worker_id, info.epoch)
+        for tier, keys in pages:
+            # A set has no order.
+            mirror.add(info.worker_id, info.epoch, keys, tier, in_order=False)
+            mirror.sweep(len(keys))
+            await asyncio.sleep(0)
+
+    async def _pages(self, info: WorkerInfo, tier: Tier) -> AsyncIterator[list[bytes]]:
+        """The keys one registration holds in one tier."""
+        held = self._names.held(info.worker_id, info.epoch, tier)
         cursor = 0
         while True:
             async with self._connection.call("taking a snapshot") as client:
                 cursor, keys = await client.sscan(held, cursor, count=self._config.snapshot_page_keys)
-            pages.append(keys)
+            if keys:
+                yield keys
             if cursor == 0:
-                break
-        mirror.reset(info.worker_id, info.epoch)
-        for keys in pages:
-            mirror.add(info.worker_id, info.epoch, keys)
-            mirror.sweep(len(keys))
-            await asyncio.sleep(0)
+                return
 
     # ------------------------------------------------------------------ events
 

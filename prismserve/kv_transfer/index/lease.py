@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prismserve.core.errors import ConfigurationError, IndexUnavailableError
-from prismserve.core.types import WorkerInfo, WorkerState
+from prismserve.core.types import Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import KVIndex
 from prismserve.kv_transfer.index.config import IndexConfig
 
@@ -27,7 +27,8 @@ class WorkerLease:
     Args:
         index: where to register.
         info: the worker's record; its epoch is set by the registration.
-        held_keys: every key the worker holds now, called on the event loop when all must be announced.
+        held_keys: every key the worker holds now, by tier, called on the event loop when all must be announced;
+            those that follow each other in a chain should do so here.
         on_epoch: called with each new epoch; an earlier one is fenced from then on.
     """
 
@@ -35,7 +36,7 @@ class WorkerLease:
         self,
         index: KVIndex,
         info: WorkerInfo,
-        held_keys: Callable[[], Sequence[bytes]],
+        held_keys: Callable[[], Mapping[Tier, Sequence[bytes]]],
         config: IndexConfig | None = None,
         on_epoch: Callable[[int], None] | None = None,
     ) -> None:
@@ -44,7 +45,7 @@ class WorkerLease:
         self._held_keys = held_keys
         self._config = config or IndexConfig()
         self._on_epoch = on_epoch
-        self._pending: dict[bytes, bool] = {}
+        self._pending: dict[Tier, dict[bytes, bool]] = {}
         self._announce_all = True
         self._registered = False
         self._wake = asyncio.Event()
@@ -72,12 +73,11 @@ class WorkerLease:
         self._task = asyncio.create_task(self._run(), name=f"index-lease-{self._info.worker_id}")
         return self._info.epoch
 
-    def changed(self, added: Iterable[bytes], removed: Iterable[bytes]) -> None:
-        """Note gained and lost keys, in this order. On the event loop's thread only."""
-        for key in added:
-            self._pending[key] = True
-        for key in removed:
-            self._pending[key] = False
+    def changed(self, added: Iterable[bytes], removed: Iterable[bytes], tier: Tier = Tier.DEVICE) -> None:
+        """Note keys gained and lost in one tier, in this order. On the event loop's thread only."""
+        pending = self._pending.setdefault(tier, {})
+        pending.update(dict.fromkeys(added, True))
+        pending.update(dict.fromkeys(removed, False))
         self._wake.set()
 
     def set_state(self, state: WorkerState) -> None:
@@ -152,26 +152,38 @@ class WorkerLease:
 
     async def _send(self) -> None:
         """Announce what is pending, or everything after a loss."""
-        info = self._info
-        pending, self._pending = self._pending, {}
         if self._announce_all:
             self._announce_all = False
-            known = await self._announce(info, list(self._held_keys()), (), replace=True)
-        elif pending:
-            added = [key for key, held in pending.items() if held]
-            removed = [key for key, held in pending.items() if not held]
-            known = await self._announce(info, added, removed, replace=False)
+            self._pending = {}
+            known = await self._announce(Tier.DEVICE, (), (), replace=True)
+            for tier, keys in self._held_keys().items():
+                known = known and await self._announce(tier, keys, ())
         else:
-            return
+            known = await self._send_changes()
         if not known:
             await self._register()
             self._wake.set()
 
+    async def _send_changes(self) -> bool:
+        pending, self._pending = self._pending, {}
+        calls: list[tuple[Tier, Sequence[bytes], Sequence[bytes]]] = [
+            (tier, [key for key, held in changes.items() if held], [key for key, held in changes.items() if not held])
+            for tier, changes in pending.items()
+        ]
+        if len(calls) > 1:
+            # What every tier gained goes first: a block that moved is then never missing.
+            calls = [(tier, added, ()) for tier, added, _ in calls] + [(tier, (), lost) for tier, _, lost in calls]
+        for tier, added, removed in calls:
+            if (added or removed) and not await self._announce(tier, added, removed):
+                return False
+        return True
+
     async def _announce(
-        self, info: WorkerInfo, added: Sequence[bytes], removed: Sequence[bytes], *, replace: bool
+        self, tier: Tier, added: Sequence[bytes], removed: Sequence[bytes], *, replace: bool = False
     ) -> bool:
+        info = self._info
         try:
-            return await self._index.announce(info.worker_id, info.epoch, added, removed, replace=replace)
+            return await self._index.announce(info.worker_id, info.epoch, added, removed, tier=tier, replace=replace)
         except ConfigurationError:
             _LOG.exception("worker %s announced keys that the index refuses", info.worker_id)
             return True

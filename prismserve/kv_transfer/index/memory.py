@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from prismserve.core.errors import IndexUnavailableError
-from prismserve.core.types import WorkerInfo, WorkerState
+from prismserve.core.types import Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import EventKind, IndexEvent, check_epoch, check_keys, check_worker_id
 from prismserve.kv_transfer.index.claims import Claims
 from prismserve.kv_transfer.index.config import IndexConfig
@@ -27,7 +27,7 @@ _FENCES_MAX: Final = 4096
 class _Entry:
     info: WorkerInfo
     expires_s: float
-    keys: set[bytes] = field(default_factory=set)
+    keys: dict[Tier, dict[bytes, None]] = field(default_factory=lambda: {tier: {} for tier in Tier})
 
 
 class _Feed:
@@ -165,6 +165,7 @@ class MemoryIndex:
         added: Sequence[bytes],
         removed: Sequence[bytes] = (),
         *,
+        tier: Tier = Tier.DEVICE,
         replace: bool = False,
     ) -> bool:
         """See :meth:`KVIndex.announce`."""
@@ -175,12 +176,15 @@ class MemoryIndex:
         if entry is None:
             return False
         if replace:
-            entry.keys.clear()
+            for held in entry.keys.values():
+                held.clear()
             store.publish(IndexEvent(EventKind.RESET, worker_id, epoch))
-        entry.keys.update(added)
-        entry.keys.difference_update(removed)
+        entry.keys[tier].update(dict.fromkeys(added))
+        for key in removed:
+            entry.keys[tier].pop(key, None)
         if added or removed:
-            store.publish(IndexEvent(EventKind.ANNOUNCE, worker_id, epoch, tuple(added), tuple(removed)))
+            event = IndexEvent(EventKind.ANNOUNCE, worker_id, epoch, tuple(added), tuple(removed), tier=tier)
+            store.publish(event)
         return True
 
     async def follow(self, mirror: Mirror, stop: asyncio.Event) -> None:
@@ -222,7 +226,9 @@ class MemoryIndex:
                 mirror.remove_worker(info.worker_id)
         for worker_id, entry in entries.items():
             mirror.add_worker(entry.info)
-            mirror.reset(worker_id, entry.info.epoch, entry.keys)
+            mirror.reset(worker_id, entry.info.epoch)
+            for tier, held in entry.keys.items():
+                mirror.add(worker_id, entry.info.epoch, held, tier)
             self._claims.saw(entry.info.epoch)
         mirror.resyncs += 1
         mirror.synced = True

@@ -10,7 +10,7 @@ import msgpack
 
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.hashing import DIGEST_BYTES
-from prismserve.core.types import KVLayout, Role, WorkerInfo, WorkerState
+from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import EPOCH_MAX, EventKind, IndexEvent, check_worker_id
 
 RECORD_VERSION: Final = 2
@@ -22,7 +22,7 @@ _TEXT_MAX: Final = 1024
 _TRANSPORTS_MAX: Final = 32
 _INFO_FIELDS: Final = 12
 _LAYOUT_FIELDS: Final = 7
-_EVENT_FIELDS: Final = 7
+_EVENT_FIELDS: Final = 8
 
 T = TypeVar("T")
 
@@ -115,6 +115,7 @@ def encode_event(event: IndexEvent) -> bytes:
         b"".join(event.added),
         b"".join(event.removed),
         info,
+        int(event.tier),
     ]
     data: bytes = msgpack.packb(fields, use_bin_type=True)
     return data
@@ -144,6 +145,7 @@ def decode_event(data: bytes) -> IndexEvent:
         added=_keys(fields[4], "added"),
         removed=_keys(fields[5], "removed"),
         info=info,
+        tier=_member(Tier, fields[7], "tier"),
     )
 
 

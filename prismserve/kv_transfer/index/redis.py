@@ -4,25 +4,20 @@ All state is soft: it can be lost at any moment and is rebuilt by its owners. No
 
 Keys, under ``prismserve:{CLUSTER}:`` (the braces are a hash tag: a Cluster keeps them in one slot):
 
-===================  ======  ===========================================================================
-``incarnation``      string  random, written by the first registration; another one means the state was lost
-``epoch``            zset    one member, ``epoch``, whose score is the last epoch handed out
-``workers``          zset    worker id -> its newest epoch; a score of epoch + 0.5 marks a dropped epoch
-``lease:ID:EPOCH``   string  the worker's record (msgpack), expires with the lease
-``held:ID:EPOCH``    set     32-byte keys the worker holds, expires one lease after the lease
-``events``           stream  field ``e``: one event (msgpack); capped at about ``stream_events_max``
-===================  ======  ===========================================================================
+======================  ======  ========================================================================
+``incarnation``         string  random, written by the first registration; another one means the state was lost
+``epoch``               zset    one member, ``epoch``, whose score is the last epoch handed out
+``workers``             zset    worker id -> its newest epoch; a score of epoch + 0.5 marks a dropped epoch
+``lease:ID:EPOCH``      string  the worker's record (msgpack), expires with the lease
+``held:TIER:ID:EPOCH``  set     32-byte keys the worker holds in a tier, expires one lease after the lease
+``events``              stream  field ``e``: one event (msgpack); capped at about ``stream_events_max``
+======================  ======  ========================================================================
 
 A sorted set with ``ZADD GT`` is an atomic maximum, which is all that fencing needs: an epoch can be raised, never
 lowered. Entries of an old epoch live under another key name that no reader looks at. Commands go out in pipelines
 without transactions: each write is harmless alone, and the event that tells followers always comes last.
 
-Commands, as a line for ``redis.conf``::
-
-    user prismserve on >PASSWORD ~prismserve:{CLUSTER}:* -@all +select +get +set +del +mget +pexpire \
-        +sadd +srem +sscan +zadd +zincrby +zscore +zrange +zremrangebyscore +xadd +xread +xrange +xrevrange
-
-A Cluster also needs ``+cluster|slots +command +asking``; a Sentinel's own user needs ``+sentinel|masters``.
+Records, memory, and the rights that a user needs are on the page ``docs/redis.md``.
 """
 
 from __future__ import annotations
@@ -30,11 +25,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from prismserve.core.types import WorkerInfo, WorkerState
+from prismserve.core.types import Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import (
     EventKind,
     IndexEvent,
@@ -55,6 +51,8 @@ from prismserve.kv_transfer.index.url import IndexUrl
 _EPOCH_MEMBER: Final = "epoch"
 _COLLECT_MAX: Final = 64
 _TOMBSTONES_MAX: Final = 256
+# Long after every lease, and after every zombie's silence: what a cluster shares ends when nobody uses it any more.
+_SHARED_TTL_MS: Final = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +63,29 @@ class _Chunk:
 
 
 class RedisIndex:
-    """:class:`~prismserve.kv_transfer.index.base.KVIndex` over one Redis deployment; belongs to one event loop."""
+    """:class:`~prismserve.kv_transfer.index.base.KVIndex` over one Redis deployment; belongs to one event loop.
 
-    def __init__(self, url: IndexUrl, cluster: str, config: IndexConfig | None = None) -> None:
+    Args:
+        url: where it is.
+        cluster: part of every key's name.
+        config: leases and limits.
+        clock: monotonic seconds, by which an owner's silence is measured.
+        wall_clock: seconds since 1970; only ever raises new epochs.
+    """
+
+    def __init__(
+        self,
+        url: IndexUrl,
+        cluster: str,
+        config: IndexConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         check_cluster(cluster)
         self._config = config or IndexConfig()
         self._names = Names(cluster)
         self._connection = Connection(url, self._config.call_timeout_s, self._config.poll_interval_s)
-        self._claims = Claims(self._config.lease_ttl_s)
+        self._claims = Claims(self._config.lease_ttl_s, clock, wall_clock)
         self._ttl_ms = max(1, round(self._config.lease_ttl_s * 1000))
 
     async def check(self) -> None:
@@ -82,6 +95,7 @@ class RedisIndex:
             pipe.get(self._names.incarnation)
             pipe.zadd(self._names.epoch, {_EPOCH_MEMBER: 0}, gt=True)
             pipe.xrevrange(self._names.events, count=1)
+            self._keep(pipe)
             await pipe.execute()
 
     async def register(self, info: WorkerInfo) -> int:
@@ -99,8 +113,9 @@ class RedisIndex:
             pipe.set(names.incarnation, secrets.token_hex(16), nx=True)
             pipe.zadd(names.workers, {info.worker_id: epoch}, gt=True)
             pipe.set(names.lease(info.worker_id, epoch), encode_worker(stored), px=self._ttl_ms)
-            pipe.delete(names.held(info.worker_id, epoch))
+            pipe.delete(*names.all_held(info.worker_id, epoch))
             self._publish(pipe, IndexEvent(EventKind.REGISTER, info.worker_id, epoch, info=stored))
+            self._keep(pipe)
             await pipe.execute()
         self._claims.hold(stored)
         await self._collect()
@@ -156,6 +171,7 @@ class RedisIndex:
         added: Sequence[bytes],
         removed: Sequence[bytes] = (),
         *,
+        tier: Tier = Tier.DEVICE,
         replace: bool = False,
     ) -> bool:
         """See :meth:`KVIndex.announce`. Each event has a call, and a deadline, of its own."""
@@ -164,7 +180,7 @@ class RedisIndex:
         check_keys(removed)
         for chunk in self._chunks(added, removed, replace=replace):
             with self._claims.calling(worker_id, epoch):
-                if not await self._announce(worker_id, epoch, chunk):
+                if not await self._announce(worker_id, epoch, tier, chunk):
                     return False
         return True
 
@@ -208,10 +224,12 @@ class RedisIndex:
             pipe = client.pipeline(transaction=False)
             # Only commands that a server at its memory limit still runs: a full index must not lose its workers.
             pipe.pexpire(names.lease(worker_id, epoch), self._ttl_ms)
-            pipe.pexpire(names.held(worker_id, epoch), 2 * self._ttl_ms)
             pipe.zscore(names.workers, worker_id)
             pipe.zscore(names.epoch, _EPOCH_MEMBER)
-            renewed, _, newest, counter = await pipe.execute()
+            for held in names.all_held(worker_id, epoch):
+                pipe.pexpire(held, 2 * self._ttl_ms)
+            self._keep(pipe)
+            renewed, newest, counter, *_ = await pipe.execute()
             if not renewed or newest != epoch:
                 return False
             if counter is None or counter < self._claims.epoch_seen:
@@ -244,22 +262,22 @@ class RedisIndex:
         chunks += [_Chunk(EventKind.ANNOUNCE, (), removed[at : at + size]) for at in range(0, len(removed), size)]
         return chunks
 
-    async def _announce(self, worker_id: str, epoch: int, chunk: _Chunk) -> bool:
+    async def _announce(self, worker_id: str, epoch: int, tier: Tier, chunk: _Chunk) -> bool:
         names = self._names
-        held = names.held(worker_id, epoch)
+        held = names.held(worker_id, epoch, tier)
         async with self._connection.call("announcing keys") as client:
             pipe = client.pipeline(transaction=False)
             pipe.zscore(names.workers, worker_id)
             pipe.pexpire(names.lease(worker_id, epoch), self._ttl_ms)
             if chunk.kind is EventKind.RESET:
-                pipe.delete(held)
+                pipe.delete(*names.all_held(worker_id, epoch))
             if chunk.added:
                 pipe.sadd(held, *chunk.added)
             if chunk.removed:
                 pipe.srem(held, *chunk.removed)
             # Also without a registration the entries must end: the set may have been made by this very call.
             pipe.pexpire(held, 2 * self._ttl_ms)
-            self._publish(pipe, IndexEvent(chunk.kind, worker_id, epoch, chunk.added, chunk.removed))
+            self._publish(pipe, IndexEvent(chunk.kind, worker_id, epoch, chunk.added, chunk.removed, tier=tier))
             newest, renewed, *_ = await pipe.execute()
         return bool(renewed) and newest == epoch
 
@@ -269,8 +287,14 @@ class RedisIndex:
         )
 
     def _end(self, pipe: Any, worker_id: str, epoch: int) -> None:
-        pipe.delete(self._names.lease(worker_id, epoch), self._names.held(worker_id, epoch))
+        pipe.delete(self._names.lease(worker_id, epoch), *self._names.all_held(worker_id, epoch))
         self._publish(pipe, IndexEvent(EventKind.DROP, worker_id, epoch))
+        self._keep(pipe)
+
+    def _keep(self, pipe: Any) -> None:
+        """Let what the cluster's workers share last while anybody uses it."""
+        for name in (self._names.incarnation, self._names.epoch, self._names.workers, self._names.events):
+            pipe.pexpire(name, _SHARED_TTL_MS)
 
     async def _collect(self) -> None:
         """Forget a few registrations whose lease has ended, and the oldest marks of dropped epochs."""

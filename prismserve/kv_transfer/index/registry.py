@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 from prismserve.core.errors import ConfigurationError
-from prismserve.core.types import WorkerInfo
+from prismserve.core.types import Tier, WorkerInfo
 from prismserve.kv_transfer.index.client import Connection
 from prismserve.kv_transfer.index.records import decode_worker
 
@@ -29,9 +29,13 @@ class Names:
         """The record of one registration."""
         return f"{self.prefix}lease:{worker_id}:{epoch}"
 
-    def held(self, worker_id: str, epoch: int) -> str:
-        """The keys one registration holds."""
-        return f"{self.prefix}held:{worker_id}:{epoch}"
+    def held(self, worker_id: str, epoch: int, tier: Tier) -> str:
+        """The keys one registration holds in one tier."""
+        return f"{self.prefix}held:{tier.name.lower()}:{worker_id}:{epoch}"
+
+    def all_held(self, worker_id: str, epoch: int) -> list[str]:
+        """The keys one registration holds, tier by tier."""
+        return [self.held(worker_id, epoch, tier) for tier in Tier]
 
 
 async def read_scores(connection: Connection, names: Names) -> dict[str, float]:

@@ -1,12 +1,18 @@
-"""InternVL3 in the layout of transformers: tiles and a thumbnail, patches folded by pixel shuffle (arXiv:2504.10479)."""
+"""InternVL3 in the layout of transformers: tiles and a thumbnail, or numbered frames; patches folded by pixel shuffle.
+
+Source: arXiv:2504.10479.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from prismserve.core.errors import ModelLoadError
-from prismserve.models.base import ImageLayout, ImageShape, ImageTools, ModelIdentity, ModelShape
+from prismserve.models.base import ImageLayout, ImageShape, ImageTools, ModelIdentity, ModelShape, VideoShape
 from prismserve.models.config import DecoderConfig
+from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels
 from prismserve.models.images import Recipe
 from prismserve.models.keys import TEXT, TOWER, renamed
 from prismserve.models.seeing import SeeingModel, borrowed_vision
@@ -14,8 +20,10 @@ from prismserve.models.seeing import SeeingModel, borrowed_vision
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
+    import numpy as np
     from PIL import Image
+
+    from prismserve.core.types import FrameTimes
 
 
 class CroppedTiles(Recipe):
@@ -35,6 +43,38 @@ class CroppedTiles(Recipe):
         return self.processed([image], "pixel_values", crop_to_patches=True)
 
 
+class NumberedFrames:
+    """Every frame is one tile, after its number in text; see :class:`prismserve.models.base.VideoRecipe`."""
+
+    before = "Frame1: <img>"
+    after = "</img>"
+
+    def __init__(self, shape: ImageShape, tools: ImageTools) -> None:
+        """Scale frames as the checkpoint's video processor says."""
+        settings = tools.video_settings()
+        self.shape = shape
+        self.tools = tools
+        self.placeholder_id = tools.token_id("<video>")
+        self.pixels = FramePixels.read(settings, CLIP_MEAN, CLIP_STD)
+        self.pixels.check_size(settings, shape.height_px, shape.width_px)
+
+    def layout(self, height_px: int, width_px: int, times: FrameTimes) -> ImageLayout:  # noqa: ARG002 - all alike
+        """A grid for each frame, with the number of the next one between two."""
+        tile = self.shape.tokens
+        ids: list[int] = []
+        slots: list[torch.Tensor] = []
+        for index in range(times.frames):
+            if index:
+                ids.extend(self.tools.token_ids(f"</img>\nFrame{index + 1}: <img>"))
+            slots.append(torch.arange(len(ids), len(ids) + tile))
+            ids.extend([self.shape.image_token_id] * tile)
+        return ImageLayout(len(ids), self.shape.grid, tuple(ids), frames=times.frames, raster=torch.cat(slots))
+
+    def tensors(self, frames: np.ndarray[Any, Any]) -> Mapping[str, torch.Tensor]:
+        """``pixel_values`` [frames, 3, tile, tile]."""
+        return {"pixel_values": self.pixels.tensor(frames, self.shape.height_px, self.shape.width_px)}
+
+
 class InternVL:
     """``InternVLForConditionalGeneration``."""
 
@@ -52,9 +92,9 @@ class InternVL:
             message = f"config.json gives tiles of {rows} x {columns} tokens; they must be square"
             raise ModelLoadError(message, field="model")
         image = ImageShape(config.image_token_id, height, width, (rows, columns))
-        return ModelShape(
-            DecoderConfig.from_hf(config.text_config, tie_word_embeddings=config.tie_word_embeddings), image
-        )
+        decoder = DecoderConfig.from_hf(config.text_config, tie_word_embeddings=config.tie_word_embeddings)
+        # An image is many tiles, of which a method would see one raster; the frames of a video are one tile each.
+        return ModelShape(decoder, image, VideoShape(frozenset()))
 
     def rename(self, key: str) -> str:
         """Either layout's key to the name of a weight target."""
@@ -63,6 +103,10 @@ class InternVL:
     def images(self, config: Any, shape: ImageShape, tools: ImageTools) -> CroppedTiles:  # noqa: ARG002
         """Tiles and thumbnail."""
         return CroppedTiles(shape, tools)
+
+    def videos(self, config: Any, shape: ImageShape, tools: ImageTools) -> NumberedFrames:  # noqa: ARG002
+        """A tile for each frame."""
+        return NumberedFrames(shape, tools)
 
     def build(
         self, config: Any, shape: ModelShape, identity: ModelIdentity, device: torch.device, dtype: torch.dtype

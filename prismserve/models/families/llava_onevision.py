@@ -1,14 +1,28 @@
-"""LLaVA-OneVision: tiles for an image that is alone, an overview each for several (arXiv:2408.03326)."""
+"""LLaVA-OneVision: tiles for an image that is alone, an overview each for several, pooled frames for a video.
+
+Source: arXiv:2408.03326.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+import torch
+
 from prismserve.core.errors import ModelLoadError
-from prismserve.models.base import ImageInputs, ImageLayout, ImageShape, ImageTools, ModelIdentity, ModelShape
+from prismserve.models.base import (
+    ImageInputs,
+    ImageLayout,
+    ImageShape,
+    ImageTools,
+    ModelIdentity,
+    ModelShape,
+    VideoShape,
+)
 from prismserve.models.config import DecoderConfig
 from prismserve.models.families.llava_next import TiledRecipe
+from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels
 from prismserve.models.keys import TEXT, TOWER, renamed
 from prismserve.models.seeing import SeeingModel, borrowed_vision
 from prismserve.models.vision import TowerPlan
@@ -16,8 +30,10 @@ from prismserve.models.vision import TowerPlan
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
+    import numpy as np
     from PIL import Image
+
+    from prismserve.core.types import FrameTimes
 
 _ASPECT_RATIO: Final = "anyres_max_"
 
@@ -55,11 +71,39 @@ class OneVisionRecipe(TiledRecipe):
         return self.processed([image, image.resize((1, 1))], *names)
 
 
+class PooledFrames:
+    """Frames at the tower's size, pooled to half the side, and one learned token behind the last.
+
+    See :class:`prismserve.models.base.VideoRecipe`.
+    """
+
+    before = ""
+    after = ""
+
+    def __init__(self, config: Any, shape: ImageShape, tools: ImageTools) -> None:
+        """Scale frames as the checkpoint's video processor says."""
+        settings = tools.video_settings()
+        self.placeholder_id: int = config.video_token_id
+        self.size_px = shape.height_px, shape.width_px
+        self.side = math.ceil(shape.grid[0] / 2)
+        self.pixels = FramePixels.read(settings, CLIP_MEAN, CLIP_STD)
+        self.pixels.check_size(settings, *self.size_px)
+
+    def layout(self, height_px: int, width_px: int, times: FrameTimes) -> ImageLayout:  # noqa: ARG002 - all alike
+        """A grid for each frame, and one token more at the end."""
+        tokens = times.frames * self.side**2
+        return ImageLayout(tokens + 1, (self.side, self.side), frames=times.frames, raster=torch.arange(tokens))
+
+    def tensors(self, frames: np.ndarray[Any, Any]) -> Mapping[str, torch.Tensor]:
+        """``pixel_values_videos`` [1, frames, 3, side, side]."""
+        return {"pixel_values_videos": self.pixels.tensor(frames, *self.size_px)[None]}
+
+
 class OneVisionModel(SeeingModel):
     """A LLaVA-OneVision checkpoint; see :class:`prismserve.models.base.VisionLanguageModel`."""
 
     def features(self, inputs: ImageInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the second of a sample of two gives is left out."""
+        """What the second of a sample of two images gives is left out."""
         features, _ = super().features(inputs)
         return features[: inputs.layout.tokens], None
 
@@ -82,9 +126,9 @@ class LlavaOneVision:
             raise ModelLoadError(message, field="model")
         side = vision.image_size // vision.patch_size
         image = ImageShape(config.image_token_id, vision.image_size, vision.image_size, (side, side))
-        return ModelShape(
-            DecoderConfig.from_hf(config.text_config, tie_word_embeddings=config.tie_word_embeddings), image
-        )
+        decoder = DecoderConfig.from_hf(config.text_config, tie_word_embeddings=config.tie_word_embeddings)
+        # Frames are grids and nothing else, so a method may choose among their tokens; tiles end in learned tokens.
+        return ModelShape(decoder, image, VideoShape(frozenset()))
 
     def rename(self, key: str) -> str:
         """Either layout's key to the name of a weight target."""
@@ -93,6 +137,10 @@ class LlavaOneVision:
     def images(self, config: Any, shape: ImageShape, tools: ImageTools) -> OneVisionRecipe:
         """Overview and tiles."""
         return OneVisionRecipe(config, shape, tools)
+
+    def videos(self, config: Any, shape: ImageShape, tools: ImageTools) -> PooledFrames:
+        """Pooled frames."""
+        return PooledFrames(config, shape, tools)
 
     def build(
         self, config: Any, shape: ModelShape, identity: ModelIdentity, device: torch.device, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at their own size, positions with three components.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos at their own size, positions with three components.
 
 Sources: arXiv:2409.12191 (M-RoPE), arXiv:2502.13923 (window attention in the encoder), arXiv:2511.21631 (deepstack,
 interleaved M-RoPE).
@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from prismserve.core.errors import ModelLoadError
-from prismserve.models.base import ImageShape, ImageTools, ModelIdentity, ModelShape
+from prismserve.models.base import ImageShape, ImageTools, ModelIdentity, ModelShape, VideoShape
 from prismserve.models.config import DecoderConfig
 from prismserve.models.grids import MergedGrid
 from prismserve.models.keys import TEXT, renamed, rules
 from prismserve.models.seeing import SeeingModel, borrowed_vision
+from prismserve.models.video_grids import MergedFrames, StampedFrames
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ class QwenVL:
         # Tokens stand in one raster and pass through the merger one by one, so a method may choose among them; it gets
         # no look into the encoder, whose attention is between patches before the merger and partly within windows.
         image = ImageShape(config.image_token_id, _TYPICAL_PX, _TYPICAL_PX, (side, side), frozenset())
-        return ModelShape(dataclasses.replace(decoder, deepstack_layers=len(taps)), image)
+        return ModelShape(dataclasses.replace(decoder, deepstack_layers=len(taps)), image, VideoShape(frozenset()))
 
     def rename(self, key: str) -> str:
         """Either layout's key to the name of a weight target."""
@@ -63,6 +64,11 @@ class QwenVL:
     def images(self, config: Any, shape: ImageShape, tools: ImageTools) -> MergedGrid:
         """One grid in the image's own proportions."""
         return MergedGrid(config, shape, tools)
+
+    def videos(self, config: Any, shape: ImageShape, tools: ImageTools) -> MergedFrames:  # noqa: ARG002
+        """A grid for each pair of frames, with time stamps between them in Qwen3-VL."""
+        recipe = StampedFrames if config.model_type == "qwen3_vl" else MergedFrames
+        return recipe(config, tools)
 
     def build(
         self, config: Any, shape: ModelShape, identity: ModelIdentity, device: torch.device, dtype: torch.dtype

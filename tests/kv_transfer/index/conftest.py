@@ -1,106 +1,26 @@
-"""Servers the index is tested against: the packaged Valkey, and Redis where it is installed."""
+"""Indexes under test, and the servers behind them: the packaged Valkey, and Redis where it is installed."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from prismserve.core.types import KVLayout, Role, WorkerInfo
 from prismserve.kv_transfer.index.base import KVIndex
 from prismserve.kv_transfer.index.config import IndexConfig
-from prismserve.kv_transfer.index.embedded import find_program
 from prismserve.kv_transfer.index.memory import MemoryIndex, MemoryStore
 from prismserve.kv_transfer.index.mirror import Mirror
 from prismserve.kv_transfer.index.redis import RedisIndex
 from prismserve.kv_transfer.index.url import parse_url
+from tests.kv_transfer.index.servers import Server, program, programs
 
 FAST = IndexConfig(lease_ttl_s=1.0, heartbeat_interval_s=0.1, call_timeout_s=0.6, poll_interval_s=0.1)
 _CLUSTERS = itertools.count()
-
-
-class Server:
-    """A server on a fixed loopback port that a test may stop, freeze, kill and start again, always empty."""
-
-    def __init__(self, program: Path, directory: Path, settings: str = "") -> None:
-        self.program = program
-        self.directory = directory
-        self.password = "p/a:s@s#w%rd"
-        self.settings = settings
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://:p%2Fa%3As%40s%23w%25rd@127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        config = (
-            f"bind 127.0.0.1\nport {self.port}\nrequirepass {self.password}\ndir {self.directory}\n"
-            f'save ""\nappendonly no\n{self.settings}\n'
-        )
-        self.process = subprocess.Popen([self.program, "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        self.process.stdin.write(config.encode())
-        self.process.stdin.close()
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                if b"OK" in self.command("PING", expect=b"PONG", quiet=True):
-                    return
-            except OSError:
-                if time.monotonic() > deadline or self.process.poll() is not None:
-                    raise
-                time.sleep(0.01)
-
-    def command(self, *words: str, expect: bytes = b"", quiet: bool = False) -> bytes:
-        """Send one command after AUTH and return the raw replies."""
-
-        def encode(*parts: str) -> bytes:
-            return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p.encode()) for p in parts)
-
-        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
-            connection.sendall(encode("AUTH", self.password))
-            replies = connection.recv(64)
-            connection.sendall(encode(*words))
-            replies += connection.recv(65536)
-        assert quiet or b"-" not in replies[:1] + replies[5:6], replies
-        assert expect in replies, replies
-        return replies
-
-    def freeze(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait(10)
-            self.process = None
-
-
-def _programs() -> list[object]:
-    redis = shutil.which("redis-server")
-    absent = pytest.mark.skipif(redis is None, reason="redis-server is not on PATH")
-    return [pytest.param("valkey", id="valkey"), pytest.param("redis", id="redis", marks=absent)]
-
-
-def _find(kind: str) -> Path:
-    return find_program() if kind == "valkey" else Path(shutil.which("redis-server"))
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +30,7 @@ def shared_servers(tmp_path_factory) -> Iterator[Callable[[str], Server]]:
 
     def get(kind: str) -> Server:
         if kind not in running:
-            running[kind] = Server(_find(kind), tmp_path_factory.mktemp(kind))
+            running[kind] = Server(program(kind), tmp_path_factory.mktemp(kind))
             running[kind].start()
         return running[kind]
 
@@ -119,16 +39,16 @@ def shared_servers(tmp_path_factory) -> Iterator[Callable[[str], Server]]:
         server.kill()
 
 
-@pytest.fixture(params=_programs())
+@pytest.fixture(params=programs())
 def shared_server(request, shared_servers) -> Server:
     """A server that the test leaves as it found it."""
     return shared_servers(request.param)
 
 
-@pytest.fixture(params=_programs())
+@pytest.fixture(params=programs())
 def server(request, tmp_path) -> Iterator[Server]:
     """A server of the test's own, to do harm to."""
-    server = Server(_find(request.param), tmp_path)
+    server = Server(program(request.param), tmp_path)
     server.start()
     yield server
     server.kill()
@@ -167,7 +87,7 @@ def redis_index(cluster, config, opened) -> Callable[..., RedisIndex]:
     return build
 
 
-@pytest.fixture(params=["memory", *_programs()])
+@pytest.fixture(params=["memory", *programs()])
 def new_index(request, shared_servers, cluster, config, opened) -> Callable[[], KVIndex]:
     """Open one more client of the same index, as another process would."""
     if request.param == "memory":

@@ -8,7 +8,8 @@ import hashlib
 import pytest
 
 from prismserve.core.errors import ConfigurationError
-from prismserve.core.types import WorkerState
+from prismserve.core.types import Tier, WorkerState
+from prismserve.kv_transfer.index.mirror import PrefixMatch
 
 
 def key(number: int) -> bytes:
@@ -158,6 +159,29 @@ async def test_replacing_forgets_what_was_announced_before(index, new_index, inf
     await eventually(lambda: late.synced)
     for seen in (mirror, late):
         assert [bool(seen.holders(key(n))) for n in (1, 2, 3)] == [False, True, True]
+
+
+async def test_entries_of_each_tier_come_go_and_are_replaced(index, new_index, info, follow, eventually):
+    chain = [key(n) for n in range(6)]
+    live = follow(new_index())
+    epoch = await index.register(info())
+    await index.announce("w1", epoch, chain[:4])
+    await index.announce("w1", epoch, chain[2:], tier=Tier.HOST)
+    await index.announce("w1", epoch, chain, tier=Tier.DISK)
+    await index.announce("w1", epoch, (), [chain[3]])
+    await index.announce("w1", epoch, (), [chain[5]], tier=Tier.HOST)
+    await eventually(lambda: live.match(chain) == {"w1": PrefixMatch(3, 2, 1, ready_blocks=3)})
+    late = follow(new_index())
+    await eventually(lambda: late.synced)
+    assert late.match(chain) == live.match(chain)
+    assert [late.key_count("w1", tier) for tier in Tier] == [3, 3, 6]
+    await index.announce("w1", epoch, chain[:1], tier=Tier.HOST, replace=True)
+    await eventually(lambda: live.match(chain) == {"w1": PrefixMatch(0, 1, 0)})
+    later = follow(new_index())
+    await eventually(lambda: later.synced)
+    assert later.match(chain) == live.match(chain)
+    await index.deregister("w1", epoch)
+    await eventually(lambda: not live.match(chain))
 
 
 async def test_announcements_larger_than_an_event_arrive_whole(index, new_index, info, follow, eventually, config):

@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from prismserve.core.types import WorkerState
+from prismserve.core.types import Tier, WorkerState
 from prismserve.kv_transfer.index.lease import WorkerLease
 from prismserve.kv_transfer.index.memory import MemoryIndex, MemoryStore
 
@@ -22,7 +22,9 @@ async def lease(config):
     leases = []
 
     async def start(index, info, held, epochs=None):
-        made = WorkerLease(index, info, lambda: sorted(held), config, epochs.append if epochs is not None else None)
+        made = WorkerLease(
+            index, info, lambda: {Tier.DEVICE: sorted(held)}, config, epochs.append if epochs is not None else None
+        )
         leases.append(made)
         await made.start()
         return made
@@ -44,6 +46,21 @@ async def test_a_lease_announces_what_is_held_and_what_changes(index, new_index,
     worker.changed([key(5)], [])
     await eventually(lambda: mirror.holders(key(5)))
     assert mirror.holders(key(4)) == ()
+
+
+async def test_a_block_that_moves_between_tiers_is_never_missing(index, new_index, info, follow, eventually, lease):
+    mirror = follow(new_index())
+    worker = await lease(index, info(), {key(1)})
+    await eventually(lambda: mirror.tiers(key(1)))
+    seen = []
+    mirror_apply = mirror.apply
+    mirror.apply = lambda event: (mirror_apply(event), seen.append(mirror.tiers(key(1))))[0]
+    for source, target in ((Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DISK), (Tier.DISK, Tier.DEVICE)):
+        worker.changed([], [key(1)], source)
+        worker.changed([key(1)], [], target)
+        await eventually(lambda target=target: mirror.tiers(key(1)) == {"w1": target})
+        await eventually(lambda: mirror.key_count("w1") == 1)
+    assert all(seen)
 
 
 async def test_a_lease_outlives_its_ttl_and_ends_when_stopped(index, new_index, info, config, lease):
@@ -111,7 +128,7 @@ async def test_a_worker_frozen_beyond_its_lease_is_fenced(info, config, eventual
     store = MemoryStore(lambda: clock[0])
     index = MemoryIndex(store, config, lambda: clock[0])
     epochs = []
-    worker = WorkerLease(index, info(), list, config, epochs.append)
+    worker = WorkerLease(index, info(), dict, config, epochs.append)
     await worker.start()
     clock[0] += 30.0
     await eventually(lambda: len(epochs) == 2)

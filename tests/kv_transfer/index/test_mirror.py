@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from prismserve.core.types import KVLayout, Role, WorkerInfo, WorkerState
+from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import EventKind, IndexEvent
-from prismserve.kv_transfer.index.mirror import Mirror
+from prismserve.kv_transfer.index.mirror import Mirror, PrefixMatch
+from tests.kv_transfer.index.chains import CHAINS, KEYS, key_lists, lookups
 
-KEYS = [hashlib.sha256(bytes([n])).digest() for n in range(12)]
 WORKERS = ["a", "b", "c"]
+TIERS = list(Tier)
 
 
 def record(worker_id: str, epoch: int, state: WorkerState = WorkerState.READY) -> WorkerInfo:
@@ -22,7 +20,25 @@ def record(worker_id: str, epoch: int, state: WorkerState = WorkerState.READY) -
     return WorkerInfo(worker_id, Role.MIXED, epoch, 1, "n", "h:1", b"m" * 32, layout, (), b"", state)
 
 
-key_lists = st.lists(st.sampled_from(KEYS), max_size=8)
+class Model:
+    """One worker: its epoch, and a set of keys per tier."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.held: dict[Tier, set[bytes]] = {tier: set() for tier in TIERS}
+
+    def tier(self, key: bytes) -> Tier | None:
+        return next((tier for tier in TIERS if key in self.held[tier]), None)
+
+    def match(self, chain: list[bytes]) -> PrefixMatch:
+        found = []
+        for key in chain:
+            tier = self.tier(key)
+            if tier is None:
+                break
+            found.append(tier)
+        ready = next((number for number, tier in enumerate(found) if tier is not Tier.DEVICE), len(found))
+        return PrefixMatch(*(found.count(tier) for tier in TIERS), ready_blocks=ready)
 
 
 class MirrorMachine(RuleBasedStateMachine):
@@ -31,63 +47,75 @@ class MirrorMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.mirror = Mirror()
-        self.model: dict[str, tuple[int, set[bytes]]] = {}
+        self.model: dict[str, Model] = {}
 
-    @rule(worker=st.sampled_from(WORKERS), epoch=st.integers(1, 4))
+    def current(self, worker: str, epoch: int) -> bool:
+        return worker in self.model and self.model[worker].epoch == epoch
+
+    @rule(worker=st.sampled_from(WORKERS), epoch=st.integers(1, 3))
     def register(self, worker: str, epoch: int) -> None:
         event = IndexEvent(EventKind.REGISTER, worker, epoch, info=record(worker, epoch))
-        accepted = self.mirror.apply(event)
-        expected = worker not in self.model or epoch >= self.model[worker][0]
-        assert accepted == expected
+        expected = worker not in self.model or epoch >= self.model[worker].epoch
+        assert self.mirror.apply(event) == expected
         if expected:
-            self.model[worker] = (epoch, set())
+            self.model[worker] = Model(epoch)
 
-    @rule(worker=st.sampled_from(WORKERS), epoch=st.integers(1, 4), added=key_lists, removed=key_lists)
-    def announce(self, worker: str, epoch: int, added: list[bytes], removed: list[bytes]) -> None:
-        accepted = self.mirror.apply(IndexEvent(EventKind.ANNOUNCE, worker, epoch, added, removed))
-        current = worker in self.model and self.model[worker][0] == epoch
-        assert accepted == current
-        if current:
-            self.model[worker][1].update(added)
-            self.model[worker][1].difference_update(removed)
+    @rule(
+        worker=st.sampled_from(WORKERS),
+        epoch=st.integers(1, 3),
+        added=key_lists,
+        removed=key_lists,
+        tier=st.sampled_from(TIERS),
+    )
+    def announce(self, worker: str, epoch: int, added: list[bytes], removed: list[bytes], tier: Tier) -> None:
+        accepted = self.mirror.apply(IndexEvent(EventKind.ANNOUNCE, worker, epoch, added, removed, tier=tier))
+        assert accepted == self.current(worker, epoch)
+        if accepted:
+            self.model[worker].held[tier] |= set(added)
+            self.model[worker].held[tier] -= set(removed)
 
-    @rule(worker=st.sampled_from(WORKERS), epoch=st.integers(1, 4), added=key_lists)
-    def reset(self, worker: str, epoch: int, added: list[bytes]) -> None:
-        self.mirror.apply(IndexEvent(EventKind.RESET, worker, epoch, added))
-        if worker in self.model and self.model[worker][0] == epoch:
-            self.model[worker] = (epoch, set(added))
+    @rule(worker=st.sampled_from(WORKERS), epoch=st.integers(1, 3), added=key_lists, tier=st.sampled_from(TIERS))
+    def reset(self, worker: str, epoch: int, added: list[bytes], tier: Tier) -> None:
+        self.mirror.apply(IndexEvent(EventKind.RESET, worker, epoch, added, tier=tier))
+        if self.current(worker, epoch):
+            self.model[worker] = Model(epoch)
+            self.model[worker].held[tier] |= set(added)
 
-    @rule(worker=st.sampled_from(WORKERS), epoch=st.integers(1, 4))
+    @rule(worker=st.sampled_from(WORKERS), epoch=st.integers(1, 3))
     def drop(self, worker: str, epoch: int) -> None:
         self.mirror.apply(IndexEvent(EventKind.DROP, worker, epoch))
-        if worker in self.model and self.model[worker][0] <= epoch:
+        if worker in self.model and self.model[worker].epoch <= epoch:
             del self.model[worker]
 
     @rule(budget=st.integers(1, 5))
     def sweep(self, budget: int) -> None:
         self.mirror.sweep(budget)
 
-    @rule(chain=st.lists(st.sampled_from(KEYS), max_size=200))
+    @rule(chain=lookups())
     def match(self, chain: list[bytes]) -> None:
-        expected = {}
-        for worker, (_, held) in self.model.items():
-            count = next((n for n, key in enumerate(chain) if key not in held), len(chain))
-            if count:
-                expected[worker] = count
-        assert self.mirror.longest(chain) == expected
+        expected = {worker: model.match(chain) for worker, model in self.model.items()}
+        expected = {worker: found for worker, found in expected.items() if found.blocks}
+        assert self.mirror.longest(chain) == {worker: found.blocks for worker, found in expected.items()}
+        assert self.mirror.match(chain) == expected
 
     @invariant()
     def agrees(self) -> None:
         for key in KEYS:
-            holders = {worker for worker, (_, held) in self.model.items() if key in held}
-            assert set(self.mirror.holders(key)) == holders
-            assert (key in self.mirror) == bool(holders)
+            expected = {worker: model.tier(key) for worker, model in self.model.items()}
+            expected = {worker: tier for worker, tier in expected.items() if tier is not None}
+            assert self.mirror.tiers(key) == expected
+            assert set(self.mirror.holders(key)) == set(expected)
+            assert (key in self.mirror) == bool(expected)
         for worker in WORKERS:
-            assert self.mirror.key_count(worker) == len(self.model.get(worker, (0, set()))[1])
+            held = self.model[worker].held if worker in self.model else {tier: set() for tier in TIERS}
+            assert {tier: self.mirror.key_count(worker, tier) for tier in TIERS} == {
+                tier: len(keys) for tier, keys in held.items()
+            }
+            assert self.mirror.key_count(worker) == sum(map(len, held.values()))
         assert [info.worker_id for info in self.mirror.workers()] == sorted(self.model)
 
 
-MirrorMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+MirrorMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestMirrorMachine = MirrorMachine.TestCase
 
 
@@ -98,9 +126,23 @@ def test_chains_longer_than_a_machine_word_of_workers_match(workers, length):
     mirror = Mirror()
     for number in range(workers):
         mirror.add_worker(record(f"w{number}", 1))
-        mirror.add(f"w{number}", 1, chain[: (length + number) % 301])
+        mirror.add(f"w{number}", 1, chain[: (length + number) % 301], Tier(number % 3))
     expected = {f"w{n}": (length + n) % 301 for n in range(workers) if (length + n) % 301}
     assert mirror.longest(chain) == expected
+    assert {worker: found.blocks for worker, found in mirror.match(chain).items()} == expected
+
+
+def test_a_block_is_counted_in_the_fastest_tier_that_has_it():
+    chain = CHAINS[0]
+    mirror = Mirror()
+    mirror.add_worker(record("w", 1))
+    mirror.add("w", 1, chain[:4])
+    mirror.add("w", 1, chain[2:9], Tier.HOST)
+    mirror.add("w", 1, chain[:12], Tier.DISK)
+    mirror.add("w", 1, chain[10:11])
+    assert mirror.match(chain) == {"w": PrefixMatch(5, 5, 2, ready_blocks=4)}
+    assert mirror.tiers(chain[3]) == {"w": Tier.DEVICE}
+    assert mirror.key_count("w", Tier.HOST) == 7
 
 
 def test_a_removed_workers_keys_are_freed_by_sweeping_and_its_slot_is_used_again():
@@ -134,10 +176,10 @@ def test_entries_added_during_a_sweep_are_kept():
 def test_a_full_mirror_ignores_further_keys_and_counts_them():
     mirror = Mirror(keys_max=3)
     mirror.add_worker(record("w", 1))
-    mirror.add("w", 1, KEYS[:5])
+    mirror.add("w", 1, CHAINS[0][:5])
     assert len(mirror) == 3
     assert mirror.dropped_keys == 2
-    assert mirror.longest(KEYS) == {"w": 3}
+    assert mirror.longest(CHAINS[0]) == {"w": 3}
 
 
 def test_a_late_event_of_an_older_epoch_changes_nothing_and_is_counted():
@@ -162,14 +204,3 @@ def test_a_change_of_workers_is_told_once_per_change():
     mirror.remove_worker("w", 1)
     mirror.remove_worker("w", 2)
     assert told == [1, 1, 1, 0]
-
-
-def test_a_key_costs_a_dict_entry_and_no_object_of_its_own():
-    mirror = Mirror()
-    for number in range(40):
-        mirror.add_worker(record(f"w{number}", 1))
-    keys = [n.to_bytes(32, "big") for n in range(20_000)]
-    for number in range(40):
-        mirror.add(f"w{number}", 1, keys)
-    assert len({id(mask) for mask in mirror._masks.values()}) == 1
-    assert sys.getsizeof(mirror._masks) / len(keys) < 60

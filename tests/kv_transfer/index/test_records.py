@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismserve.core.errors import ConfigurationError
-from prismserve.core.types import KVLayout, Role, WorkerInfo, WorkerState
+from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import EventKind, IndexEvent
 from prismserve.kv_transfer.index.records import decode_event, decode_worker, encode_event, encode_worker
 
@@ -46,11 +46,11 @@ def test_worker_records_survive_the_trip(info):
     assert decode_worker(encode_worker(info)) == info
 
 
-@given(infos, keys, keys, st.sampled_from(EventKind))
+@given(infos, keys, keys, st.sampled_from(EventKind), st.sampled_from(Tier))
 @settings(max_examples=50, deadline=None)
-def test_events_survive_the_trip(info, added, removed, kind):
+def test_events_survive_the_trip(info, added, removed, kind, tier):
     carries = kind in (EventKind.REGISTER, EventKind.STATE)
-    event = IndexEvent(kind, info.worker_id, info.epoch, added, removed, info if carries else None)
+    event = IndexEvent(kind, info.worker_id, info.epoch, added, removed, info if carries else None, tier)
     assert decode_event(encode_event(event)) == event
 
 
@@ -65,7 +65,7 @@ def test_arbitrary_bytes_are_refused_with_our_error(data):
 def test_another_version_is_refused_and_both_versions_are_named(info):
     fields = msgpack.unpackb(encode_worker(info()))
     fields[0] = 9
-    with pytest.raises(ConfigurationError, match="has version 9, this process reads version 1"):
+    with pytest.raises(ConfigurationError, match="has version 9, this process reads version 2"):
         decode_worker(msgpack.packb(fields))
 
 

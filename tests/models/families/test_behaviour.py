@@ -107,7 +107,7 @@ def test_a_family_either_reduces_tokens_or_refuses(ours):
     engine.submit(request, worker="local")
     (output,) = engine.step()
     assert output.finish_reason is FinishReason.ERROR
-    assert "cannot act on the tokens of this model" in output.error
+    assert "cannot act on the image tokens of this model" in output.error
 
 
 def test_a_method_that_looks_into_the_encoder_needs_one_that_lets_it(ours, family):

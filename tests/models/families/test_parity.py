@@ -19,7 +19,8 @@ def pair(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(name)
     specimen = SPECIMENS[name]
     model = specimen.save(directory, seed, older=seed == 1, shards=1 + seed)
-    return Ours(directory), Theirs(specimen, model)
+    ours = Ours(directory)
+    return ours, Theirs(specimen, model, ours.processor)
 
 
 def test_a_mixed_batch_in_chunks_gives_the_tokens_and_logits_of_transformers(pair):

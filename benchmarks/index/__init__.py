@@ -1,0 +1,1 @@
+"""Speed of the prefix index: ``python -m benchmarks.index``."""

@@ -1,0 +1,279 @@
+"""One write from process to process, timed: our transports, raw NIXL, memcpy."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+import torch
+
+from prismserve.compression.wire import EXACT
+from prismserve.core.types import KVLayout, Reservation, Role, WorkerInfo
+from prismserve.kv_transfer.arena import Arena
+from prismserve.kv_transfer.config import TransferConfig
+from prismserve.kv_transfer.hub import TransportHub
+from prismserve.kv_transfer.manifest import Expected
+from prismserve.kv_transfer.receiver import Receiver
+from prismserve.kv_transfer.sender import Outgoing
+from prismserve.kv_transfer.transports.base import Link, WriteHandle
+from prismserve.kv_transfer.wire import encode_probe
+
+SIZES: Final = (64 << 10, 1 << 20, 16 << 20, 256 << 20)
+ROUNDS: Final = 5
+_ROUND_BYTES: Final = 128 << 20
+_ROUND_WRITES_MAX: Final = 100
+_WARM_UP: Final = 2
+_LARGEST: Final = max(SIZES)
+_ARENA_BYTES: Final = 3 * _LARGEST
+LAYOUT: Final = KVLayout("float32", layers=1, kv_heads=8, head_dim=128, block_tokens=16)
+
+
+def config(transport: str) -> TransferConfig:
+    """Room for the largest write on both sides."""
+    return TransferConfig(
+        arena_bytes=_ARENA_BYTES, staging_share=0.4, transports=(transport,), lease_ttl_s=600.0, write_timeout_s=60.0
+    )
+
+
+@dataclass
+class Samples:
+    """Seconds of single writes by (contender, bytes)."""
+
+    seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, nbytes: int, seconds: float) -> None:
+        """One write."""
+        self.seconds.setdefault((name, nbytes), []).append(seconds)
+
+    def median_s(self, name: str, nbytes: int) -> float:
+        """Median seconds of a write."""
+        return statistics.median(self.seconds[name, nbytes])
+
+    def gigabytes_per_s(self, name: str, nbytes: int) -> float:
+        """10^9 bytes per second at the median."""
+        return nbytes / self.median_s(name, nbytes) / 1e9
+
+    def names(self) -> list[str]:
+        """Contenders in order of appearance."""
+        return list(dict.fromkeys(name for name, _ in self.seconds))
+
+
+def writes(nbytes: int) -> int:
+    """Writes in one round."""
+    return max(2, min(_ROUND_WRITES_MAX, _ROUND_BYTES // nbytes))
+
+
+# ---- the other process --------------------------------------------------------------------------------------------
+
+
+def serve_ours(connection: Connection, transport: str) -> None:
+    """A receiver with one open lease over its whole arena, until the connection closes."""
+    torch.set_num_threads(1)
+    settings = config(transport)
+    arena = Arena(settings)
+    hub = TransportHub("target", arena, settings)
+    receiver = Receiver(hub, LAYOUT)
+    tokens = _LARGEST // LAYOUT.token_layer_bytes
+    expected = Expected("bench", 0, "source", 1, bytes(32), EXACT, tokens)
+    reservation = receiver.reserve(expected, _LARGEST, lambda *_: None)
+    info = WorkerInfo("target", Role.DECODE, 1, os.getpid(), "", "", bytes(32), LAYOUT, hub.transports, hub.endpoint())
+    connection.send((info, reservation))
+    with contextlib.suppress(EOFError):
+        while connection.recv() == "lease":
+            receiver.release(reservation.lease_id)
+            reservation = receiver.reserve(expected, _LARGEST, lambda *_: None)
+            connection.send(reservation)
+    receiver.close()
+    hub.close()
+    arena.close()
+
+
+def serve_raw(connection: Connection) -> None:
+    """A NIXL agent that makes progress without pause while it is told to, which is the best a target can do."""
+    torch.set_num_threads(1)
+    api = _nixl()
+    agent = api.nixl_agent("target", api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+    memory = torch.zeros(_LARGEST, dtype=torch.uint8)
+    agent.register_memory(memory)
+    connection.send((bytes(agent.get_agent_metadata()), memory.data_ptr()))
+    with contextlib.suppress(EOFError):
+        while connection.recv() == "spin":
+            while not connection.poll():
+                agent.get_new_notifs()
+            connection.recv()
+            connection.send("idle")
+    os._exit(0)  # NIXL's destructors may abort a process whose peer has gone
+
+
+def _nixl() -> Any:
+    from nixl_cu12 import _api
+
+    _api.logger.setLevel(logging.WARNING)
+    return _api
+
+
+@contextlib.contextmanager
+def process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[Connection, Any]]:
+    """Another process that runs ``serve``; its first message."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=serve, args=(there, *arguments), daemon=True)
+    child.start()
+    there.close()
+    try:
+        yield here, here.recv()
+    finally:
+        here.close()
+        child.join(15)
+        if child.is_alive():
+            child.kill()
+
+
+# ---- contenders ---------------------------------------------------------------------------------------------------
+
+
+def finish(handle: WriteHandle) -> None:
+    """Ask until the write is with the peer."""
+    while not handle.poll():
+        pass
+
+
+class Ours:
+    """A link of ours.
+
+    Over shm the write *is* the copy into the peer's memory; over nixl and nccl the encoder has put the bytes into registered staging memory before, as raw NIXL's user has put them into registered memory.
+    """
+
+    def __init__(self, transport: str, source: torch.Tensor, peer: tuple[WorkerInfo, Reservation]) -> None:
+        self.name = transport
+        settings = config(transport)
+        self._arena = Arena(settings)
+        self.hub = TransportHub("source", self._arena, settings)
+        self._source = source
+        self._link: Link = self.hub.connect(peer[0])
+        self._note = encode_probe()
+
+    def write(self, nbytes: int) -> float:
+        """Seconds of one write."""
+        began = time.perf_counter()
+        staged = self._link.stage(0, nbytes)
+        if self.name == "shm":
+            staged.buffer.copy_(self._source[:nbytes])
+        finish(staged.submit(self._note))
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Release everything."""
+        self.hub.close()
+        self._arena.close()
+
+
+class Raw:
+    """NIXL's Python API: descriptors, a transfer, its state until done, its release; the source is registered."""
+
+    name = "raw nixl"
+
+    def __init__(self, source: torch.Tensor, peer: tuple[bytes, int]) -> None:
+        api = _nixl()
+        self._agent = api.nixl_agent("source", api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+        self._source = source
+        self._agent.register_memory(source)
+        found = self._agent.add_remote_agent(peer[0])
+        self._peer = found.decode() if isinstance(found, bytes) else found
+        self._base = peer[1]
+
+    def write(self, nbytes: int) -> float:
+        """Seconds of one write."""
+        agent = self._agent
+        began = time.perf_counter()
+        here = agent.get_xfer_descs([(self._source.data_ptr(), nbytes, 0)], "DRAM")
+        there = agent.get_xfer_descs([(self._base, nbytes, 0)], "DRAM")
+        handle = agent.initialize_xfer("WRITE", here, there, self._peer, b"n")
+        state = agent.transfer(handle)
+        while state == "PROC":
+            state = agent.check_xfer_state(handle)
+        agent.release_xfer_handle(handle)
+        if state != "DONE":
+            message = f"raw NIXL ended in state {state}"
+            raise RuntimeError(message)
+        return time.perf_counter() - began
+
+
+def round_of(samples: Samples, name: str, sizes: Sequence[int], write: Callable[[int], float]) -> None:
+    """One round of writes of every size."""
+    for nbytes in sizes:
+        for index in range(writes(nbytes) + _WARM_UP):
+            seconds = write(nbytes)
+            if index >= _WARM_UP:
+                samples.add(name, nbytes, seconds)
+
+
+def measure(sizes: Sequence[int], transports: Sequence[str], *, raw: bool, rounds: int = ROUNDS) -> Samples:
+    """Rounds of all contenders, taking turns, so that what else the machine does meets all of them alike."""
+    torch.set_num_threads(1)
+    samples = Samples()
+    source = torch.ones(max(sizes), dtype=torch.uint8)
+    copy = torch.zeros_like(source)
+
+    def memcpy(nbytes: int) -> float:
+        began = time.perf_counter()
+        copy[:nbytes].copy_(source[:nbytes])
+        return time.perf_counter() - began
+
+    with contextlib.ExitStack() as stack:
+        ours: list[Ours] = []
+        for transport in transports:
+            _, peer = stack.enter_context(process(serve_ours, transport))
+            contender = Ours(transport, source, peer)
+            stack.callback(contender.close)
+            ours.append(contender)
+        rival: Raw | None = None
+        connection: Connection | None = None
+        if raw:
+            connection, peer = stack.enter_context(process(serve_raw))
+            rival = Raw(source, peer)
+        for _ in range(rounds):
+            round_of(samples, "memcpy", sizes, memcpy)
+            for contender in ours:
+                round_of(samples, contender.name, sizes, contender.write)
+            if rival is not None and connection is not None:
+                connection.send("spin")
+                round_of(samples, rival.name, sizes, rival.write)
+                connection.send("stop")
+                connection.recv()
+    return samples
+
+
+def verified(transport: str, nbytes: int, rounds: int = 12) -> float:
+    """Median seconds from the first push of ``nbytes`` of KV until the receiver has verified and taken all of it.
+
+    This is the whole path: read, checksum, write, notify; copy out, checksum, hand to the sink, settle.
+    """
+    torch.set_num_threads(1)
+    tokens = nbytes // LAYOUT.token_layer_bytes
+    keys = torch.ones(tokens, LAYOUT.kv_heads, LAYOUT.head_dim)
+    times: list[float] = []
+    with process(serve_ours, transport) as (connection, (info, granted)):
+        reservation = granted
+        settings = config(transport)
+        arena = Arena(settings)
+        hub = TransportHub("source", arena, settings)
+        for _ in range(rounds):
+            began = time.perf_counter()
+            outgoing = Outgoing(hub, info, reservation, EXACT, LAYOUT)
+            outgoing.push(0, 0, keys, keys)
+            outgoing.finish(60)
+            times.append(time.perf_counter() - began)
+            connection.send("lease")
+            reservation = connection.recv()
+        hub.close()
+        arena.close()
+    return statistics.median(times[_WARM_UP:])
