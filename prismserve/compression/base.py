@@ -49,6 +49,13 @@ class Need(enum.StrEnum):
 
     CLS_ATTENTION = "cls_attention"
     ENCODER_KEYS = "encoder_keys"
+    TEXT_TOWER = "text_tower"
+    PROJECTED = "projected"
+    TEXT_EMBEDDINGS = "text_embeddings"
+
+
+FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS})
+"""What every model that sees can provide; the rest depends on its encoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,11 @@ class VisualFeatures:
         frames: of a video, how many frames ``tokens`` holds (where an encoder merges neighbouring frames, after that);
             1 for an image. What stands around the frames (time stamps, a closing token) is not among ``tokens``, is
             always kept, and does not count towards the budget.
+        projected: [N, D] the decoder's inputs if every token were kept; None unless asked for.
+        text: [M, D] the decoder's embeddings of the scoring text (see ``Request.scoring_token_ids``), M may be 0; None
+            unless asked for.
+        aligned: [N, P] patches in the space the encoder shares with its text tower; None unless asked for.
+        aligned_text: [S, P] segments of the scoring text in that space; None unless asked for.
     """
 
     tokens: torch.Tensor
@@ -73,6 +85,10 @@ class VisualFeatures:
     cls_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     frames: int = 1
+    projected: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    aligned: torch.Tensor | None = None
+    aligned_text: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +147,42 @@ class WireConfig(FrozenConfig):
     text: str = Field(default=SAME_CODEC, min_length=1, max_length=64)
 
 
-class VisualMethod(Protocol):
-    """A method that reduces the tokens of one image or video. A file ``visual/<name>.py`` exports one as ``METHOD``."""
+class Method(Protocol):
+    """What a method of any stage declares; ``prismserve methods`` prints it.
+
+    Attributes:
+        name: the file's name, and the name in requests.
+        version: raised when the same configuration would give other results; part of every cache key.
+        stage: the folder it lies in.
+        section: where the survey of Pathak and Han treats it (``"IV-A.1a"``); ``"control"`` for what others are
+            measured against, ``"own"`` for what is ours.
+        source: the paper in one line, with its arXiv number; empty for controls.
+        training_free: False where the model must have been trained with it, or where it has weights of its own.
+        Config: its parameters.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
     stage: ClassVar[Stage]
+    section: ClassVar[str]
+    source: ClassVar[str]
+    training_free: ClassVar[bool]
+    Config: ClassVar[type[FrozenConfig]]
+
+
+class VisualMethod(Method, Protocol):
+    """A method that reduces the tokens of one image. A file ``visual/<name>.py`` exports one as ``METHOD``.
+
+    Attributes:
+        share: ``AGNOSTIC`` or ``QUERY``. What ``needs`` the text is ``QUERY``: its results are kept under a key that
+            holds the scoring text, and reach no other question.
+        nested: whether a smaller budget keeps a subset of what a larger one keeps.
+        needs: what the engine must provide, and no more.
+    """
+
     share: ClassVar[Share]
     nested: ClassVar[bool]
     needs: ClassVar[frozenset[Need]]
-    Config: ClassVar[type[FrozenConfig]]
 
     def kept_tokens(self, config: Any, tokens: int) -> int:
         """How many of ``tokens`` remain (of a video, of all its frames); exact, known before it is encoded."""
@@ -151,14 +193,10 @@ class VisualMethod(Protocol):
         ...
 
 
-class Codec(Protocol):
+class Codec(Method, Protocol):
     """An encoding of KV on the wire. A file ``codec/<name>.py`` exports one as ``METHOD``."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    stage: ClassVar[Stage]
     lossy: ClassVar[bool]
-    Config: ClassVar[type[FrozenConfig]]
 
     def encoded_bytes(self, tokens: int, layout: KVLayout, config: Any) -> int:
         """Exact size of one layer's K and V of ``tokens`` tokens after encoding, in bytes."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
+from prismserve.compression.base import FROM_ANY_MODEL
 from prismserve.core.errors import InvalidRequestError, UnknownMethodError
 from prismserve.core.hashing import canonical_json
 from prismserve.core.types import MethodSpec
@@ -46,6 +47,11 @@ def visual_method(name: str) -> VisualMethod:
 def prefill_method(name: str) -> PrefillMethod:
     """The prefill method of this name; UnknownMethodError lists the alternatives."""
     return cast("PrefillMethod", _load("prefill", name, "compression.prefill.method"))
+
+
+def encoder_needs(name: str) -> frozenset[str]:
+    """What a visual method asks of the vision encoder, by the names models use."""
+    return frozenset(str(need) for need in visual_method(name).needs - FROM_ANY_MODEL)
 
 
 def codec(name: str) -> Codec:

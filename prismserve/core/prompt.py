@@ -52,6 +52,14 @@ def block_keys(namespace: bytes, slots: Sequence[Element], block_tokens: int) ->
     return keys
 
 
+def scored_plan(plan: bytes, model_fingerprint: bytes, scoring_token_ids: Sequence[int]) -> bytes:
+    """What stands for ``plan`` in the key of embeddings chosen by a question: the model that read it, and its ids."""
+    return digest("scored-plan", plan, model_fingerprint, pack_ids(scoring_token_ids))
+
+
 def image_key(pixel_hash: bytes, processor_fingerprint: bytes, encoder_fingerprint: bytes, plan: bytes) -> bytes:
-    """Key of the embeddings an image turns into: pixels, processor, encoder, visual plan fingerprint."""
+    """Key of the embeddings an image turns into: pixels, processor, encoder, visual plan fingerprint.
+
+    Where a method asks about the question, ``plan`` is what :func:`scored_plan` made of the fingerprint.
+    """
     return digest("image", pixel_hash, processor_fingerprint, encoder_fingerprint, plan)

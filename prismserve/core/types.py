@@ -310,6 +310,8 @@ class Request:
         tenant: names who caches what on a worker; "" is the default tenant.
         cache_share: part of a worker's KV blocks that cached prefixes of this tenant may fill while others want room.
         resume_token_ids: tokens already emitted by an earlier attempt, continued and not emitted again.
+        scoring_token_ids: the text by which a visual method that asks about the question ranks, see
+            ``Processor.scoring_ids``; empty under any other method.
         timeout_s: time left for the whole request when the message was sent, in seconds.
     """
 
@@ -326,6 +328,7 @@ class Request:
     timeout_s: float = 600.0
     tenant: str = ""
     cache_share: float = 1.0
+    scoring_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class _Job:
     media: MediaInput
     inputs: ImageInputs
     spec: MethodSpec
+    scoring_token_ids: tuple[int, ...]
     takers: list[Sequence]
 
 
@@ -85,12 +86,18 @@ class ImageStage:
                     raise InvalidRequestError(message, field="media", request_id=sequence.request.request_id)
                 inputs = self._pipeline.inputs(media, index)
                 sequence.timings.images_encoded += 1
-                jobs[key] = _Job(key, media[index], inputs, sequence.request.compression.visual, [sequence])
+                request = sequence.request
+                spec, scoring = request.compression.visual, request.scoring_token_ids
+                jobs[key] = _Job(key, media[index], inputs, spec, scoring, [sequence])
 
     def _encode(self, spec: MethodSpec, jobs: list[_Job]) -> list[tuple[Sequence, PrismServeError]]:
         try:
             results = self._pipeline.encode(
-                [job.key for job in jobs], [job.media for job in jobs], [job.inputs for job in jobs], spec
+                [job.key for job in jobs],
+                [job.media for job in jobs],
+                [job.inputs for job in jobs],
+                spec,
+                [job.scoring_token_ids for job in jobs],
             )
         except PrismServeError as error:
             return [(taker, error) for job in jobs for taker in job.takers]

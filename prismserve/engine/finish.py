@@ -59,7 +59,7 @@ def check_request(request: Request, *, vocab_size: int, max_model_len: int) -> N
         raise InvalidRequestError(message, field="prompt", request_id=request.request_id)
     ids = [s.token_ids for s in prompt.segments if isinstance(s, TextSegment)]
     biased = [token for token, _ in request.sampling.logit_bias]
-    lists = [*ids, request.resume_token_ids, request.sampling.stop_token_ids, biased]
+    lists = [*ids, request.resume_token_ids, request.scoring_token_ids, request.sampling.stop_token_ids, biased]
     if any(run and (min(run) < 0 or max(run) >= vocab_size) for run in lists):
         message = f"a token id lies outside the vocabulary of {vocab_size}"
         raise InvalidRequestError(message, field="token_ids", request_id=request.request_id)

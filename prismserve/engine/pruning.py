@@ -165,5 +165,11 @@ def fitted(cuts: Sequence[Cut], decoder: DecoderConfig) -> tuple[Cut, ...]:
 
 def _grid(processor: Processor, request: Request, segment: MediaSegment) -> Grid:
     item = request.media[segment.media_index]
-    rows, columns = processor.image_layout(item.width_px, item.height_px, images=len(request.media)).grid
-    return Grid(1, rows, columns)
+    if item.times is None:
+        layout = processor.image_layout(item.width_px, item.height_px, images=len(request.media))
+    else:
+        layout = processor.video_layout(item.width_px, item.height_px, item.times)
+    if layout.raster is not None:
+        message = f"{_FIELD}: text stands between the frames of this video, which no method can leave in place yet"
+        raise InvalidRequestError(message, field=_FIELD)
+    return Grid(layout.frames, *layout.grid)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from prismserve.compression.apply import apply_visual
-from prismserve.compression.base import VisualFeatures
-from prismserve.compression.loader import visual_method
+from prismserve.compression.base import Need, VisualFeatures
+from prismserve.compression.loader import encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import VisualTokens
@@ -68,7 +68,12 @@ class VisionPipeline:
             raise InvalidRequestError(message, field="media") from error
 
     def encode(
-        self, keys: Sequence[bytes], media: Sequence[MediaInput], inputs: Sequence[ImageInputs], spec: MethodSpec
+        self,
+        keys: Sequence[bytes],
+        media: Sequence[MediaInput],
+        inputs: Sequence[ImageInputs],
+        spec: MethodSpec,
+        scoring_token_ids: Sequence[tuple[int, ...]] = (),
     ) -> list[VisualTokens]:
         """Encode, reduce and project a batch of images and videos under one visual method.
 
@@ -77,6 +82,7 @@ class VisionPipeline:
             media: the items, for their kinds and seeds.
             inputs: from :meth:`inputs`.
             spec: normalised visual method.
+            scoring_token_ids: the text each image is looked at for; may be left out where the method asks for none.
 
         Returns:
             One entry per item, also put into the cache.
@@ -84,7 +90,7 @@ class VisionPipeline:
         Raises:
             InvalidRequestError: the method cannot act on this model's tokens.
         """
-        needs = frozenset(str(need) for need in visual_method(spec.name).needs)
+        needs = encoder_needs(spec.name)
         for kind in {item.kind for item in media} if spec.name != "none" else ():
             reducible = self._processor.reducible_of(kind)
             if reducible is None or needs - reducible:
@@ -95,8 +101,10 @@ class VisionPipeline:
             message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
             raise EngineError(message)
         results: list[VisualTokens] = []
-        for key, item, prepared, image in zip(keys, media, inputs, encoded, strict=True):
-            tokens, indices = _reduced(image, prepared.layout, item.pixel_hash[:_SEED_BYTES], spec)
+        texts = scoring_token_ids or [()] * len(keys)
+        for key, item, prepared, image, ids in zip(keys, media, inputs, encoded, texts, strict=True):
+            features = self._features(image, prepared.layout, item, spec, ids)
+            tokens, indices = _reduced(image, prepared.layout, features, spec)
             places = indices.cpu()
             positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
             embeds = _with_deepstack(self._model.project(tokens), image, indices)
@@ -106,23 +114,45 @@ class VisionPipeline:
         self.encoded += len(results)
         return results
 
+    def _features(
+        self,
+        image: EncodedImage,
+        layout: ImageLayout,
+        media: MediaInput,
+        spec: MethodSpec,
+        scoring_token_ids: tuple[int, ...],
+    ) -> VisualFeatures:
+        """What the method of ``spec`` may see of one image or video, and nothing else.
+
+        A method sees the tokens that stand in the raster of a picture or of frames.
+        """
+        raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
+        visible = image.tokens if raster is None else image.tokens[raster]
+        needs = visual_method(spec.name).needs
+        text = None
+        if Need.TEXT_EMBEDDINGS in needs:
+            ids = torch.tensor(scoring_token_ids, dtype=torch.int64, device=self._model.device)
+            text = self._model.decoder.embed(ids)
+        return VisualFeatures(
+            tokens=visible,
+            grid=image.grid,
+            seed=media.pixel_hash[:_SEED_BYTES],
+            cls_attention=_columns(image.cls_attention, raster),
+            keys=_rows(image.keys, raster),
+            frames=layout.frames,
+            projected=self._model.project(visible) if Need.PROJECTED in needs else None,
+            text=text,
+        )
+
 
 def _reduced(
-    image: EncodedImage, layout: ImageLayout, seed: bytes, spec: MethodSpec
+    image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is left of an image or video, [k, C], and in which of its slots, [k] int64 ascending.
 
-    A method sees the tokens that stand in the raster of a picture or of frames; what stands around them is kept.
+    What stands around the raster that the method saw is kept.
     """
     raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
-    features = VisualFeatures(
-        tokens=image.tokens if raster is None else image.tokens[raster],
-        grid=image.grid,
-        seed=seed,
-        cls_attention=_columns(image.cls_attention, raster),
-        keys=_rows(image.keys, raster),
-        frames=layout.frames,
-    )
     tokens, indices = apply_visual(features, spec)
     if raster is None:
         return tokens, indices

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatMessage", "ImageSlot", "IncrementalDetokenizer", "MediaSlot", "Part", "Processor", "VideoSlot"]
 
+SCORING_TOKENS_MAX: Final = 512
+"""Longest text a question is ranked by, in tokens."""
 _ROLE: Final = re.compile(r"[a-z][a-z_]{0,31}")
 _IMAGE_FILES: Final = ("preprocessor_config.json", "processor_config.json")
 _PIXEL_MODES: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
@@ -350,6 +352,18 @@ class Processor:
         if isinstance(part, str):
             return {"type": "text", "text": self._guarded.guard(part)}
         return {"type": "image" if isinstance(part, ImageSlot) else "video"}
+
+    def scoring_ids(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """The text that methods which ask about the question rank visual tokens by.
+
+        It is the text of the last user message that has any, without what the template puts around it; its pieces
+        are joined by line breaks. At most the first 512 tokens count. Empty if no user message has text.
+        """
+        for message in reversed(messages):
+            text = "\n".join(part for part in message.parts if isinstance(part, str))
+            if message.role == "user" and text.strip():
+                return tuple(self._guarded.encode_plain(text, add_special_tokens=False)[:SCORING_TOKENS_MAX])
+        return ()
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a raw completion prompt, with the BOS the tokenizer adds; control strings are plain text."""

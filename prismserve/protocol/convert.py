@@ -197,6 +197,7 @@ def request_to_proto(request: Request) -> pb.Request:
         timeout_s=request.timeout_s,
         tenant=request.tenant,
         cache_share=request.cache_share,
+        scoring_token_ids=request.scoring_token_ids,
     )
 
 
@@ -227,6 +228,7 @@ def request_from_proto(message: pb.Request) -> Request:
         timeout_s=message.timeout_s,
         tenant=message.tenant,
         cache_share=message.cache_share,
+        scoring_token_ids=tuple(message.scoring_token_ids),
     )
 
 

@@ -151,7 +151,7 @@ class Constraint(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "attempt", "namespace", "wire_namespace", "segments", "media", "sampling", "compression", "resume_token_ids", "priority", "timeout_s", "tenant", "cache_share")
+    __slots__ = ("request_id", "attempt", "namespace", "wire_namespace", "segments", "media", "sampling", "compression", "resume_token_ids", "priority", "timeout_s", "tenant", "cache_share", "scoring_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class Request(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CACHE_SHARE_FIELD_NUMBER: _ClassVar[int]
+    SCORING_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     namespace: bytes
@@ -178,7 +179,8 @@ class Request(_message.Message):
     timeout_s: float
     tenant: str
     cache_share: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., namespace: _Optional[bytes] = ..., wire_namespace: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., media: _Optional[_Iterable[_Union[MediaInput, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[CompressionPlan, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., tenant: _Optional[str] = ..., cache_share: _Optional[float] = ...) -> None: ...
+    scoring_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., namespace: _Optional[bytes] = ..., wire_namespace: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., media: _Optional[_Iterable[_Union[MediaInput, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[CompressionPlan, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., tenant: _Optional[str] = ..., cache_share: _Optional[float] = ..., scoring_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("hello", "submit", "cancel")

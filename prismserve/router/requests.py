@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from prismserve.compression import loader, presets
+from prismserve.compression.base import Share
 from prismserve.compression.wire import uniform
 from prismserve.core.errors import ContextLengthError, InvalidRequestError
 from prismserve.core.hashing import digest
-from prismserve.core.prompt import block_keys, elements, image_key
+from prismserve.core.prompt import block_keys, elements, image_key, scored_plan
 from prismserve.core.types import (
     CompressionPlan,
     KVLayout,
@@ -160,7 +161,7 @@ class RequestBuilder:
         plan = self._check_prefill(call, presets.resolve(call.compression, self._default))
         if not call.media or plan.visual.name == "none":
             return plan
-        needs = frozenset(str(need) for need in loader.visual_method(plan.visual.name).needs)
+        needs = loader.encoder_needs(plan.visual.name)
         for kind in sorted({source.kind for source in call.media}):
             reducible = self._processor.reducible_of(kind)
             if reducible is not None and needs <= reducible:
@@ -222,7 +223,8 @@ class RequestBuilder:
         settled: bool,
     ) -> Prepared:
         salt = tenant_salt(call.tenant.name, call.cache_salt)
-        prompt = self._prompt(call, media, plan, salt)
+        scoring = self._scoring(call, plan)
+        prompt = self._prompt(call, media, plan, salt, scoring)
         sampling = self._fit(call, prompt, sampling, settled=settled)
         root = prefill_namespace(namespace(self._facts.fingerprint, self._facts.layout, salt), plan.prefill)
         wire_root = wire_namespace(root, plan.wire, lossy=loader.codec(plan.wire.name).lossy)
@@ -237,6 +239,7 @@ class RequestBuilder:
             compression=plan,
             tenant=call.tenant.name,
             cache_share=call.tenant.cache_share,
+            scoring_token_ids=scoring or (),
         )
         slots = elements(prompt)
         size = self._facts.layout.block_tokens
@@ -244,7 +247,20 @@ class RequestBuilder:
         wire_keys = keys if wire_root == root else tuple(block_keys(wire_root, slots, size))
         return Prepared(request, keys, wire_keys, _media_end(prompt))
 
-    def _prompt(self, call: Call, media: Sequence[MediaInput], plan: CompressionPlan, salt: bytes) -> Prompt:
+    def _scoring(self, call: Call, plan: CompressionPlan) -> tuple[int, ...] | None:
+        """The scoring text, where the images' tokens depend on it; None where they depend on the images alone."""
+        if call.messages is None or not call.media or loader.visual_method(plan.visual.name).share is not Share.QUERY:
+            return None
+        return self._processor.scoring_ids(call.messages)
+
+    def _prompt(
+        self,
+        call: Call,
+        media: Sequence[MediaInput],
+        plan: CompressionPlan,
+        salt: bytes,
+        scoring: tuple[int, ...] | None,
+    ) -> Prompt:
         if call.messages is not None:
             tokens: Sequence[int | MediaSlot] = self._processor.render_chat(call.messages)
         elif call.prompt_ids is not None:
@@ -255,6 +271,7 @@ class RequestBuilder:
         # Embeddings are reused by key alone, so a salted request must not share them either.
         visual = plan.visual.fingerprint()
         visual = digest("salted-plan", visual, salt) if salt else visual
+        visual = visual if scoring is None else scored_plan(visual, self._facts.fingerprint, scoring)
         segments: list[Segment] = []
         run: list[int] = []
         for token in tokens:

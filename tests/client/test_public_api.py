@@ -48,6 +48,7 @@ INIT = ["self", "target", "api_key", "credentials", "timeout_s", "retry"]
 OPTIONS = [
     "prompt",
     "images",
+    "videos",
     "model",
     "compression",
     "cache_salt",

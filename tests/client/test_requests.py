@@ -7,7 +7,7 @@ import json
 import PIL.Image
 import pytest
 
-from prismserve.client import GenerateOptions, Image, Message, RequestError
+from prismserve.client import GenerateOptions, Image, Message, RequestError, Video
 from prismserve.client.content import IMAGE_BYTES_MAX
 from prismserve.client.requests import SAMPLING_FIELDS, build_request
 from prismserve.protocol import prismserve_pb2 as pb
@@ -156,7 +156,13 @@ def test_videos_are_files_or_frames_with_their_options(tmp_path):
 
 @pytest.mark.parametrize(
     ("videos", "field"),
-    [("clip.mp4", "videos"), ([b""], "videos[0]"), ([[]], "videos[0]"), ([Video(b"x", fps="a")], "videos[0]"), ([3], "videos[0]")],
+    [
+        ("clip.mp4", "videos"),
+        ([b""], "videos[0]"),
+        ([[]], "videos[0]"),
+        ([Video(b"x", fps="a")], "videos[0]"),
+        ([3], "videos[0]"),
+    ],
 )
 def test_a_video_that_cannot_be_sent_is_refused_by_field(videos, field):
     with pytest.raises(RequestError) as caught:

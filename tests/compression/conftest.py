@@ -15,16 +15,27 @@ MakeFeatures = Callable[..., VisualFeatures]
 @pytest.fixture
 def make_features() -> MakeFeatures:
     def make(
-        count: int = 60, *, seed: int = 0, media: bytes = b"pixels\0\1", dtype: torch.dtype = torch.float32
+        count: int = 60,
+        *,
+        seed: int = 0,
+        media: bytes = b"pixels\0\1",
+        dtype: torch.dtype = torch.float32,
+        grid: tuple[int, int] | None = None,
+        question: int = 0,
     ) -> VisualFeatures:
         generator = torch.Generator().manual_seed(seed)
         attention = torch.rand(3, count, generator=generator)
+        asked = torch.Generator().manual_seed(1000 + question)
         return VisualFeatures(
             tokens=torch.randn(count, 8, generator=generator).to(dtype),
-            grid=(1, count),
+            grid=grid or (1, count),
             seed=media,
             cls_attention=attention / (attention.sum(1, keepdim=True) + 0.1),
             keys=torch.randn(count, 3, 4, generator=generator).to(dtype),
+            projected=torch.randn(count, 10, generator=generator).to(dtype),
+            text=torch.randn(5 + question, 10, generator=asked).to(dtype),
+            aligned=torch.randn(count, 6, generator=generator).to(dtype),
+            aligned_text=torch.randn(1 + question, 6, generator=asked).to(dtype),
         )
 
     return make

@@ -10,7 +10,7 @@ import torch
 from prismserve.compression import loader
 from prismserve.compression.apply import apply_visual
 from prismserve.compression.base import Need, Share, Stage
-from prismserve.core.errors import InvalidRequestError
+from prismserve.core.errors import EngineError, InvalidRequestError
 
 METHODS = loader.names("visual")
 REDUCING = tuple(name for name in METHODS if name != "none")
@@ -21,7 +21,9 @@ def spec_of(name, **params):
 
 
 def test_the_folder_holds_the_methods_the_presets_and_benchmarks_name():
-    assert {"none", "visionzip", "random", "uniform"} <= set(METHODS)
+    controls = {"none", "random", "uniform", "pool", "cls_topk"}
+    image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome"}
+    assert controls | image <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -32,6 +34,11 @@ def test_declarations_are_complete_and_the_name_is_the_file(name):
     assert isinstance(method.share, Share)
     assert method.version >= 1
     assert all(isinstance(need, Need) for need in method.needs)
+    assert method.section
+    assert bool(method.source) == (method.section != "control")
+    assert isinstance(method.training_free, bool)
+    asks = bool({Need.TEXT_EMBEDDINGS, Need.TEXT_TOWER} & method.needs)
+    assert method.share is (Share.QUERY if asks else Share.AGNOSTIC)
     assert method.Config().model_config["frozen"]
 
 
@@ -74,18 +81,66 @@ def test_the_same_image_gives_the_same_bytes(name, make_features):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_two_questions_give_the_same_bytes_if_and_only_if_the_method_says_so(name, make_features):
+    first, second = (apply_visual(make_features(50, question=question), spec_of(name)) for question in (0, 1))
+    same = torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert same == (loader.visual_method(name).share is Share.AGNOSTIC)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1), (2, 3), (14, 14), (9, 20)])
+def test_any_grid_is_taken(name, grid, make_features):
+    count = grid[0] * grid[1]
+    for keep in {1, max(1, count // 3), count - 1} - {0}:
+        spec = spec_of(name, **({} if name == "none" else {"keep": keep}))
+        tokens, indices = apply_visual(make_features(count, grid=grid), spec)
+        assert len(tokens) == len(indices) == loader.kept_tokens(spec, count)
+        assert tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_features_without_direction_are_survived(name, make_features):
+    features = make_features(30)
+    zeros = {
+        field: torch.zeros_like(getattr(features, field))
+        for field in ("tokens", "cls_attention", "keys", "projected", "text", "aligned", "aligned_text")
+    }
+    tokens, indices = apply_visual(dataclasses.replace(features, **zeros), spec_of(name))
+    assert tokens.isfinite().all()
+    assert (indices.diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if loader.visual_method(n).needs])
+def test_a_missing_need_is_named(name, make_features):
+    method, features = loader.visual_method(name), make_features(50)
+    fields = ("cls_attention", "keys", "projected", "text", "aligned", "aligned_text")
+    bare = dataclasses.replace(features, **dict.fromkeys(fields))
+    with pytest.raises(EngineError, match=name) as caught:
+        apply_visual(bare, spec_of(name))
+    assert all(need.value in str(caught.value) or need is Need.ENCODER_KEYS for need in method.needs)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_input_is_left_alone(name, make_features):
     features, untouched = make_features(50), make_features(50)
     apply_visual(features, spec_of(name))
-    for field in ("tokens", "cls_attention", "keys"):
+    for field in ("tokens", "cls_attention", "keys", "projected", "text", "aligned", "aligned_text"):
         assert torch.equal(getattr(features, field), getattr(untouched, field))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_uses_only_what_it_needs(name, make_features):
     method, features = loader.visual_method(name), make_features(50)
-    given = {Need.CLS_ATTENTION: "cls_attention", Need.ENCODER_KEYS: "keys"}
-    bare = dataclasses.replace(features, **{field: None for need, field in given.items() if need not in method.needs})
+    given = {
+        "cls_attention": Need.CLS_ATTENTION,
+        "keys": Need.ENCODER_KEYS,
+        "projected": Need.PROJECTED,
+        "text": Need.TEXT_EMBEDDINGS,
+        "aligned": Need.TEXT_TOWER,
+        "aligned_text": Need.TEXT_TOWER,
+    }
+    unasked = {field: None for field, need in given.items() if need not in method.needs}
+    bare = dataclasses.replace(features, **unasked)
     assert torch.equal(apply_visual(bare, spec_of(name))[0], apply_visual(features, spec_of(name))[0])
 
 

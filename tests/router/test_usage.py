@@ -8,7 +8,7 @@ def usage(**changes) -> Usage:
     numbers = dict.fromkeys(Usage.__slots__, 0.0)
     numbers |= {"prompt_tokens": 11, "cached_tokens": 0, "kv_bytes_before": 900, "attempts": 1}
     numbers |= dict.fromkeys(("transport", "prefill_worker", "decode_worker", "route_reason"), "w")
-    return Usage(**{**numbers, "compression": CompressionPlan(), **changes})
+    return Usage(**{**numbers, "compression": CompressionPlan(), "visual_tokens_by_cut": (), **changes})
 
 
 def test_answers_and_bytes_add_up_and_the_prompt_counts_once() -> None:

@@ -14,6 +14,7 @@ from prismserve.core.types import FrameTimes
 from prismserve.router.calls import chat_call
 from prismserve.router.config import RouterConfig
 from prismserve.router.media import MediaReader
+from prismserve.router.tenants import EVERYONE
 from prismserve.router.video import FrameChoice, VideoSource, clip_of, evenly, scaled_size
 from tests.router.scripted import png
 
@@ -154,13 +155,15 @@ def body(part):
 
 def test_the_three_ways_to_write_a_video_are_read():
     uri = "data:video/mp4;base64,AAAA"
-    (source,) = chat_call(body({"type": "video_url", "video_url": {"url": uri, "fps": 3}}), RouterConfig()).media
+    (source,) = chat_call(
+        body({"type": "video_url", "video_url": {"url": uri, "fps": 3}}), RouterConfig(), EVERYONE
+    ).media
     assert (source.content, source.choice) == (uri, FrameChoice(fps=3.0))
     picture = base64.b64encode(png()).decode()
     frames = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{picture},{picture}"}}
-    (source,) = chat_call(body(frames), RouterConfig()).media
+    (source,) = chat_call(body(frames), RouterConfig(), EVERYONE).media
     assert source.content == (f"data:image/jpeg;base64,{picture}",) * 2
-    (source,) = chat_call(body({"type": "video", "video": [uri, uri], "fps": 1}), RouterConfig()).media
+    (source,) = chat_call(body({"type": "video", "video": [uri, uri], "fps": 1}), RouterConfig(), EVERYONE).media
     assert (source.content, source.choice) == ((uri, uri), FrameChoice(fps=1.0))
 
 
@@ -176,7 +179,7 @@ def test_the_three_ways_to_write_a_video_are_read():
 )
 def test_a_malformed_video_part_is_refused_by_field(part, field):
     with pytest.raises(InvalidRequestError) as caught:
-        chat_call(body(part), RouterConfig())
+        chat_call(body(part), RouterConfig(), EVERYONE)
     assert caught.value.field == f"messages[0].content[0].{field}"
 
 

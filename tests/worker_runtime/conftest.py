@@ -116,7 +116,7 @@ class World:
         call = Call(
             options={"temperature": 0, "max_tokens": 32, **options},
             messages=(ChatMessage("user", (ImageSlot(0), question)),),
-            images=(ImageSource(stream.getvalue(), "image"),),
+            media=(ImageSource(stream.getvalue(), "image"),),
             compression=compression,
         )
         answer = Answer("", [], None)

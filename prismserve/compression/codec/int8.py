@@ -47,6 +47,9 @@ class Int8Codec:
     name: ClassVar[str] = "int8"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.CODEC
+    section: ClassVar[str] = "own"
+    source: ClassVar[str] = "after Liu et al., KIVI, ICML 2024, arXiv:2402.02750"
+    training_free: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     Config: ClassVar[type[Int8Config]] = Int8Config
 

@@ -30,6 +30,9 @@ class NoCodec:
     name: ClassVar[str] = "none"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.CODEC
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
     lossy: ClassVar[bool] = False
     Config: ClassVar[type[FrozenConfig]] = NoneConfig
 

@@ -20,6 +20,9 @@ class NoCompression:
     name: ClassVar[str] = "none"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.VISUAL
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC
     nested: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset()

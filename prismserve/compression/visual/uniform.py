@@ -15,6 +15,9 @@ class UniformPruning:
     name: ClassVar[str] = "uniform"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.VISUAL
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC
     nested: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset()

@@ -51,6 +51,9 @@ class VisionZip:
     name: ClassVar[str] = "visionzip"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.VISUAL
+    section: ClassVar[str] = "IV-A.1a, IV-A.1b"
+    source: ClassVar[str] = "Yang et al., VisionZip, CVPR 2025, arXiv:2412.04467"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC
     nested: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLS_ATTENTION, Need.ENCODER_KEYS})

@@ -186,6 +186,9 @@ class RedisFollower:
             pipe.get(self._names.incarnation)
             pipe.xrange(self._names.events, position, position, count=1)
             incarnation, entry = await pipe.execute()
+        if self._incarnation is None:
+            # The first registration came after the snapshot: nothing was there that could have been lost.
+            self._incarnation = incarnation
         return incarnation == self._incarnation and (position == _START or bool(entry))
 
     async def _refresh(self, mirror: Mirror) -> list[WorkerInfo]:

@@ -53,6 +53,20 @@ async def test_a_follower_that_fell_behind_a_trimmed_stream_takes_a_new_snapshot
     await asyncio.wait_for(task, 5)
 
 
+async def test_a_follower_that_came_before_the_first_worker_takes_one_snapshot(
+    shared_server, redis_index, info, follow, eventually, config
+):
+    index = redis_index(shared_server)
+    mirror = follow(redis_index(shared_server))
+    await eventually(lambda: mirror.synced)
+    epoch = await index.register(info())
+    for number in range(5):
+        await index.announce("w1", epoch, [key(number)])
+        await asyncio.sleep(config.poll_interval_s)
+    await eventually(lambda: mirror.key_count("w1") == 5)
+    assert mirror.resyncs == 1
+
+
 async def test_a_stream_deleted_under_an_idle_follower_is_noticed(shared_server, redis_index, info, follow, eventually):
     index = redis_index(shared_server)
     mirror = follow(redis_index(shared_server))

@@ -1,0 +1,63 @@
+"""Mean pooling over cells of the grid: the control for methods that merge.
+
+LLaMA-VID's content tokens (Li et al., ECCV 2024, arXiv:2311.17043) are such means; without that model's training this
+is what remains of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+
+from prismserve.compression.base import KeepConfig, VisualFeatures, VisualPlan
+from prismserve.compression.visual._shared import Reducing
+
+
+class MeanPooling(Reducing):
+    """Cut the grid into exactly k cells as square as they come, and keep the mean of each.
+
+    The rows are cut into bands of equal height (to one row), and each band into its share of the k cells, of equal
+    width (to one column). A cell's mean stands at the position of its patch nearest to the cell's middle.
+    """
+
+    name: ClassVar[str] = "pool"
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    Config: ClassVar[type[KeepConfig]] = KeepConfig
+
+    def plan(self, features: VisualFeatures, config: KeepConfig) -> VisualPlan:
+        """``indices`` [k] and ``weights`` [k, N], each row the mean of its cell."""
+        whole = self.complete(features, config)
+        if whole is not None:
+            return whole
+        rows, columns = features.grid
+        count = rows * columns
+        kept = self.kept_tokens(config, count)
+        anchors, members = [], []
+        for top, bottom, left, right in cells(rows, columns, kept):
+            # The lower of two middles, so that a tie goes to the lower index.
+            anchors.append((top + bottom - 1) // 2 * columns + (left + right - 1) // 2)
+            members.append([row * columns + column for row in range(top, bottom) for column in range(left, right)])
+        weights = torch.zeros(kept, count)
+        for cell, inside in enumerate(members):
+            weights[cell, inside] = 1.0 / len(inside)
+        order = torch.tensor(anchors).argsort()
+        device = features.tokens.device
+        return VisualPlan(torch.tensor(anchors)[order].to(device), weights[order].to(device))
+
+
+def cells(rows: int, columns: int, count: int) -> list[tuple[int, int, int, int]]:
+    """Exactly ``count`` disjoint cells (top, bottom, left, right) that cover the grid, ends left out."""
+    fewest, most = math.ceil(count / columns), min(rows, count)
+    bands = max(fewest, min(most, round(math.sqrt(count * rows / columns))))
+    out = []
+    for band in range(bands):
+        top, bottom = band * rows // bands, (band + 1) * rows // bands
+        parts = (band + 1) * count // bands - band * count // bands
+        out += [(top, bottom, part * columns // parts, (part + 1) * columns // parts) for part in range(parts)]
+    return out
+
+
+METHOD = MeanPooling()

@@ -1,0 +1,84 @@
+"""prism: importance and diversity in one kernel, with a dial between them and none of the question.
+
+Our answer to the survey's question whether tokens should be chosen for being important or for being different. The
+kernel is that of determinantal point processes with quality and similarity (Kulesza and Taskar, "Determinantal Point
+Processes for Machine Learning", 2012, section 3.1), as CDPruner (arXiv:2506.10967) uses it with the question.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
+from prismserve.compression.visual._shared import (
+    Reducing,
+    ascending,
+    class_attention,
+    cosine_kernel,
+    greedy_determinant,
+    projected,
+    squared_distances,
+)
+
+
+class PrismConfig(KeepConfig):
+    """Parameters of prism.
+
+    Attributes:
+        theta: the dial; 0 looks at diversity alone, a large value at importance alone. ``auto`` chooses per image: twice
+            the share of the image's salient tokens that the budget can hold, at most 1, where the salient tokens
+            number exp(entropy of r). On 160 scenes of the bundled model, apart from the held-out ones, a fixed 0.5 gave
+            87.0, 93.7 and 97.3 at 12, 24 and 49 of 196 tokens, and ``auto`` 85.9, 93.8 and 97.1 (mean accuracy over ten
+            families, in percent), so the fixed value is the default.
+        locality: share of two tokens' similarity that fades with their distance in the grid, so that two equal objects
+            in different places both count; 0 compares features alone. In the same measurement 0.5 gave 0.1 to 0.9
+            points more than 0.
+        radius: standard deviation of that fading, in patches.
+    """
+
+    theta: Annotated[float, Field(ge=0.0, le=8.0, strict=True, allow_inf_nan=False)] | Literal["auto"] = 0.5
+    locality: float = Field(default=0.5, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
+    radius: float = Field(default=3.0, gt=0.0, le=1024.0, strict=True, allow_inf_nan=False)
+
+
+class Prism(Reducing):
+    """Greedy determinant maximisation over ``diag(r^theta) S diag(r^theta)``.
+
+    r is the attention of the class token, mean over heads, scaled so that its largest is 1. S is the cosine similarity
+    of projected tokens times ``1 - locality + locality exp(-distance^2 / (2 radius^2))``; both factors are positive
+    semi-definite, and so is their product. Depends on the image alone; nothing is merged, survivors keep their places.
+    """
+
+    name: ClassVar[str] = "prism"
+    section: ClassVar[str] = "own"
+    source: ClassVar[str] = "this project; kernel of Kulesza and Taskar, 2012"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.CLS_ATTENTION, Need.PROJECTED})
+    Config: ClassVar[type[PrismConfig]] = PrismConfig
+
+    def plan(self, features: VisualFeatures, config: PrismConfig) -> VisualPlan:
+        """The k chosen, in raster order."""
+        whole = self.complete(features, config)
+        if whole is not None:
+            return whole
+        attention = class_attention(features)
+        kept = self.kept_tokens(config, attention.shape[0])
+        theta = dial(attention, kept) if config.theta == "auto" else config.theta
+        quality = (attention / attention.max().clamp(min=1e-12)) ** theta
+        distances = squared_distances(*features.grid).to(attention.device)
+        near = (distances / (-2.0 * config.radius**2)).exp()
+        similarity = cosine_kernel(projected(features)) * (1.0 - config.locality + config.locality * near)
+        kernel = quality[:, None] * similarity * quality[None, :]
+        return VisualPlan(ascending(greedy_determinant(kernel, kept)))
+
+
+def dial(attention: torch.Tensor, kept: int) -> float:
+    """Theta of an image: twice the share of its salient tokens that ``kept`` can hold, at most 1."""
+    share = attention / attention.sum().clamp(min=1e-12)
+    salient = float((-(share * share.clamp(min=1e-12).log()).sum()).exp())
+    return min(1.0, 2.0 * kept / salient)
+
+
+METHOD = Prism()
