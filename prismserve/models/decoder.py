@@ -164,9 +164,7 @@ class DecoderLayer(nn.Module):
         for prefix, parts, linear in fused:
             for name, (start, length) in parts.items():
                 targets[f"{prefix}.{name}.weight"] = linear.matrix.narrow(0, start, length)
-                targets[f"{prefix}.{name}.bias"] = (
-                    None if linear.bias is None else linear.bias.narrow(0, start, length)
-                )
+                targets[f"{prefix}.{name}.bias"] = None if linear.bias is None else linear.bias.narrow(0, start, length)
         return {name: target for name, target in targets.items() if target is not None}
 
 
@@ -235,7 +233,7 @@ class Decoder(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head over the rows given: [T, D] to [T, V] float32."""
         if self.config.unit_norms:
-            logits = self.head(decoder_norm(x, self.norm, self.config)).float()
+            logits: torch.Tensor = self.head(decoder_norm(x, self.norm, self.config)).float()
         else:
             logits = self.head(x, Norm(self.norm, self.config.norm_eps)).float()
         cap = self.config.logit_softcap

@@ -46,9 +46,7 @@ class Linear(nn.Module):
         gated: bool = False,
     ) -> torch.Tensor:
         """See :func:`prismserve.kernels.linear.reference.linear`."""
-        return kernels.linear(
-            x, self.matrix, self.bias, packed=self.packed, norm=norm, residual=residual, gated=gated
-        )
+        return kernels.linear(x, self.matrix, self.bias, packed=self.packed, norm=norm, residual=residual, gated=gated)
 
     def pack(self) -> None:
         """Rearrange the weight in place, once, if native kernels are to use it."""
@@ -73,11 +71,3 @@ def pack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()
-
-
-def take_over(model: nn.Module) -> None:
-    """Put a :class:`Linear` over the same parameters in place of every ``nn.Linear`` inside a model."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, Linear(child.weight.data, None if child.bias is None else child.bias.data))

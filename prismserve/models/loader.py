@@ -19,9 +19,12 @@ from prismserve.models.linear import pack, store_as
 from prismserve.models.weights import load_weights, stored_dtype, stored_tensors, weight_files
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
     from prismserve.models.base import VisionLanguageModel
-    from prismserve.models.linear import pack, store_as
-from prismserve.models.weights import Progress
+    from prismserve.models.weights import Progress, StoredTensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prismserve.core.errors import ModelLoadError
-from prismserve.models import loader
 from prismserve.kernels.linear.reference import unpack
+from prismserve.models import loader
 from prismserve.models.loader import inspect_checkpoint, load_model, model_fingerprint, resolve_dtype
 from prismserve.models.reference import reference_path
 from tests.models.small import copy_reference, llava_model, save, text_model

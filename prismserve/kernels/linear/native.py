@@ -93,5 +93,7 @@ def gather(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         raise IndexError(message)
     flat = ids.reshape(-1).contiguous()
     out = torch.empty((flat.shape[0], depth), dtype=torch.float32)
-    call("gather", weight.data_ptr(), ELEMENTS[weight.dtype], columns, depth, flat.data_ptr(), len(flat), out.data_ptr())
+    call(
+        "gather", weight.data_ptr(), ELEMENTS[weight.dtype], columns, depth, flat.data_ptr(), len(flat), out.data_ptr()
+    )
     return out.view(*ids.shape, depth)

@@ -91,7 +91,7 @@ def _compile(compiler: str, target: Path) -> None:
 
 def _run(command: list[str], timeout_s: float) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
     except subprocess.TimeoutExpired as error:
         message = f"{command[0]} did not finish within {timeout_s:g} s"
         raise NativeBuildError(message) from error

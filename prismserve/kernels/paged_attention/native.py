@@ -65,9 +65,7 @@ def attend(q: torch.Tensor, layer: LayerKV, batch: Ragged, scale: float) -> torc
     return _attend(q, layer, batch, scale, with_lse=False)[0]
 
 
-def attend_with_lse(
-    q: torch.Tensor, layer: LayerKV, batch: Ragged, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_with_lse(q: torch.Tensor, layer: LayerKV, batch: Ragged, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference, over the sequences of a step planned for this kernel; ValueError if it has other rows."""
     out, lse = _attend(q, layer, batch, scale, with_lse=True)
     return out, torch.empty(q.shape[:2], dtype=torch.float32) if lse is None else lse
