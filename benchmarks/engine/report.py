@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -34,7 +34,7 @@ def conditions(threads: int) -> dict[str, str]:
         cpu = next((value.strip() for name, _, value in lines if name.strip() == "model name"), cpu)
     flags = _vector_flags()
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "cpu": f"{cpu}{', ' + flags if flags else ''}",
         "cores": f"{threads} of {os.cpu_count()}",
         "python": platform.python_version(),
@@ -52,17 +52,13 @@ def _vector_flags() -> str:
 
 def page(results: Sequence[Measured], plan: Plan, where: Mapping[str, str]) -> str:
     """The Markdown page."""
-    parts = [
-        "# Speed of the engine beside its peers",
-        "",
+    introduction = (
         f"{where['date']}, {where['cpu']}, {where['cores']} cores, Python {where['python']}. All systems in one run with "
         f"the same weights, prompts (new ones each round) and {plan.tokens} greedy tokens per prompt; medians of "
-        f"{plan.rounds} rounds in which the systems take turns. Of a peer's dtypes the faster counts, figure by figure.",
-        "",
-        "## Targets",
-        "",
-        _targets([verdict for measured in results for verdict in verdicts(measured)]),
-    ]
+        f"{plan.rounds} rounds in which the systems take turns. Of a peer's dtypes the faster counts, figure by figure."
+    )
+    targets = _targets([verdict for measured in results for verdict in verdicts(measured)])
+    parts = ["# Speed of the engine beside its peers", "", introduction, "", "## Targets", "", targets]
     for measured in results:
         parts += ["", f"## {measured.model}", "", _figures(measured), "", *_notes(measured)]
     return "\n".join(parts) + "\n"
@@ -94,9 +90,7 @@ def _figures(measured: Measured) -> str:
             if found[0] is None:
                 continue
             scale = 1e3 if unit == "ms" else 1.0
-            cells = []
-            for best in found:
-                cells.append("" if best is None else f"{scale * best[0]:.{digits}f} ({best[1].split()[1]})")
+            cells = ["" if best is None else f"{scale * best[0]:.{digits}f} ({best[1].split()[1]})" for best in found]
             rows.append((title, f"{label}, {unit}", *cells))
     return markdown_table(("work", "figure", *systems), rows, left=2)
 
@@ -117,7 +111,7 @@ def _notes(measured: Measured) -> list[str]:
         if same:
             lines.append(f"- first greedy tokens equal to ours, of {len(own)}: {', '.join(same)}")
     if measured.bandwidth:
-        lines.append(f"- memory read by {measured.about and 'all cores'}: {median_bandwidth(measured) / 1e9:.1f} GB/s")
+        lines.append(f"- memory read by all cores used: {median_bandwidth(measured) / 1e9:.1f} GB/s")
     return lines
 
 

@@ -138,7 +138,7 @@ class CudaReplay:
 
     def _record(self, step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         # Kernels are compiled and libraries set up outside the recording; the step may be repeated without harm.
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch leaves its signature out
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP_RUNS):
