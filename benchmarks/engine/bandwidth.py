@@ -16,6 +16,7 @@ _REPEATS: Final = 3
 
 def read_bandwidth(threads: int, size_bytes: int = READ_BYTES) -> float:
     """Bytes per second of the fastest of several plain readers over one large array, best of three passes each."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     whole = np.ones(size_bytes // 8, dtype=np.int64)
     integers = torch.from_numpy(whole)
@@ -29,7 +30,9 @@ def read_bandwidth(threads: int, size_bytes: int = READ_BYTES) -> float:
             lambda: list(pool.map(lambda part: part.dot(part), parts)),
             lambda: list(pool.map(np.maximum.reduce, parts)),
         )
-        return whole.nbytes / min(_fastest_s(reader) for reader in readers)
+        fastest_s = min(_fastest_s(reader) for reader in readers)
+    torch.set_num_threads(before)
+    return whole.nbytes / fastest_s
 
 
 def _fastest_s(reader: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.engine.bandwidth import read_bandwidth
+from benchmarks.engine.bandwidth import READ_BYTES, read_bandwidth
 from benchmarks.engine.systems.client import Result, System, Variant
 from benchmarks.engine.workloads import ONE, Prompts, Workload
 
@@ -38,12 +38,14 @@ class Plan:
         rounds: of every workload.
         threads: of each system, and cores it may use.
         workloads: what is measured.
+        read_bytes: size of the array that the memory's speed is measured on.
     """
 
     tokens: int
     rounds: int
     threads: int
     workloads: tuple[Workload, ...]
+    read_bytes: int = READ_BYTES
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ def measure(
             systems.append(system)
         systems = _try_out(measured, systems, prompts, plan, say)
         for number in range(plan.rounds):
-            measured.bandwidth.append(read_bandwidth(plan.threads))
+            measured.bandwidth.append(read_bandwidth(plan.threads, plan.read_bytes))
             for workload in plan.workloads:
                 # The order turns with the rounds, so that nobody always follows the same one.
                 turn = number % len(systems)

@@ -52,19 +52,13 @@ def _vector_flags() -> str:
 
 def page(results: Sequence[Measured], plan: Plan, where: Mapping[str, str]) -> str:
     """The Markdown page."""
-    parts = [
-        "# Speed of the engine beside its peers",
-        "",
-        (
-            f"{where['date']}, {where['cpu']}, {where['cores']} cores, Python {where['python']}. All systems in one run with "
-            f"the same weights, prompts (new ones each round) and {plan.tokens} greedy tokens per prompt; medians of "
-            f"{plan.rounds} rounds in which the systems take turns. Of a peer's dtypes the faster counts, figure by figure."
-        ),
-        "",
-        "## Targets",
-        "",
-        _targets([verdict for measured in results for verdict in verdicts(measured)]),
-    ]
+    introduction = (
+        f"{where['date']}, {where['cpu']}, {where['cores']} cores, Python {where['python']}. All systems in one run with "
+        f"the same weights, prompts (new ones each round) and {plan.tokens} greedy tokens per prompt; medians of "
+        f"{plan.rounds} rounds in which the systems take turns. Of a peer's dtypes the faster counts, figure by figure."
+    )
+    targets = _targets([verdict for measured in results for verdict in verdicts(measured)])
+    parts = ["# Speed of the engine beside its peers", "", introduction, "", "## Targets", "", targets]
     for measured in results:
         parts += ["", f"## {measured.model}", "", _figures(measured), "", *_notes(measured)]
     return "\n".join(parts) + "\n"
@@ -117,7 +111,7 @@ def _notes(measured: Measured) -> list[str]:
         if same:
             lines.append(f"- first greedy tokens equal to ours, of {len(own)}: {', '.join(same)}")
     if measured.bandwidth:
-        lines.append(f"- memory read by {measured.about and 'all cores'}: {median_bandwidth(measured) / 1e9:.1f} GB/s")
+        lines.append(f"- memory read by all cores used: {median_bandwidth(measured) / 1e9:.1f} GB/s")
     return lines
 
 

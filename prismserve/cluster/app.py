@@ -116,6 +116,7 @@ def worker_config(settings: Settings, facts: ClusterFacts, share: WorkerShare, r
         index_url=facts.index_url,
         engine=settings.engine,
         transfer=settings.transfer,
+        tiers=settings.tiers,
         drain_timeout_s=settings.drain_timeout_s,
     )
 

@@ -28,6 +28,7 @@ from prismserve.engine.config import EngineConfig
 from prismserve.kv_transfer.config import TransferConfig
 from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.url import parse_url
+from prismserve.kv_transfer.tiers.config import TierConfig
 from prismserve.models.source import REFERENCE
 from prismserve.router.config import RouterConfig
 from prismserve.router.tenants import TenantsFile
@@ -122,6 +123,9 @@ class Settings(FrozenConfig):
     )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="Engine of every worker.")
     transfer: TransferConfig = Field(default_factory=TransferConfig, description="How KV moves between workers.")
+    tiers: TierConfig = Field(
+        default_factory=TierConfig, description="Host memory and files that keep KV the device has no room for."
+    )
     index: IndexConfig = Field(default_factory=IndexConfig, description="Prefix index and worker registry.")
     router: RouterConfig = Field(default_factory=RouterConfig, description="Front doors, limits and placement.")
 

@@ -450,6 +450,11 @@ class WorkerStats:
     transfer_failures: int = 0
     prefill_tokens_per_s: float = 0.0
     step_ms: float = 0.0
+    tier_host_blocks: int = 0
+    tier_disk_blocks: int = 0
+    tier_restored_tokens: int = 0
+    tier_corrupt_blocks: int = 0
+    tier_errors: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
 from prismserve.engine.metrics import Counters, MovingAverage
 from prismserve.engine.pool import KVPool
+from prismserve.engine.prefix_cache import CacheOwner
 from prismserve.engine.profile import profile_bytes
 from prismserve.engine.pruning import plan_pruning
 from prismserve.engine.runner import ModelRunner
@@ -333,6 +334,69 @@ class Engine:
             message = "an adoption ends with its own request"
             raise EngineError(message, request_id=ticket.request_id)
         self._imports.finish_adoption(ticket)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one full block over all layers, as :meth:`copy_block` gives it."""
+        return self.pool.memory.group_bytes
+
+    def copy_block(self, key: BlockKey, target: torch.Tensor) -> CacheOwner | None:
+        """Copy a cached full block without holding it; may be called from any thread.
+
+        Args:
+            key: of the block.
+            target: uint8 [group_bytes] on the CPU; holds garbage where None is returned.
+
+        Returns:
+            Whose block it is; None if it is not cached, or was given to somebody else while it was copied.
+        """
+        prefix = self._blocks.prefix
+        found = prefix.full_block(key)
+        if found is None:
+            return None
+        group, owner = found
+        (tag,) = self.pool.tags((group,))
+        self.pool.memory.copy_group_out(group, target)
+        # A full, listed block does not change; what left the list meanwhile has another tag, or another key.
+        if prefix.full_block(key) != found or self.pool.tags((group,)) != (tag,):
+            return None
+        return CacheOwner(owner, prefix.share_of(owner))
+
+    def held_blocks(self, keys: Items[BlockKey]) -> int:
+        """Length of the longest leading run of ``keys`` that is cached."""
+        return len(self._blocks.prefix.held_run(keys))
+
+    def adopt_blocks(
+        self,
+        request: Request,
+        first: int,
+        blocks: Items[torch.Tensor],
+        *,
+        worker: Literal["local", "prefill"] = "prefill",
+    ) -> int:
+        """Put blocks that were kept elsewhere back into the prefix cache, at once.
+
+        Args:
+            request: whose prompt they are of.
+            first: which block of its chain the first of them is.
+            blocks: uint8 [group_bytes] each, as :meth:`copy_block` gave them under the same keys.
+            worker: as for :meth:`submit`.
+
+        Returns:
+            Blocks taken in; 0 if those before ``first`` are not cached any more.
+
+        Raises:
+            OverloadedError: too few blocks now.
+        """
+        ticket = self.adopt_prefix_begin(request, first + len(blocks), worker=worker)
+        held = ticket.cached_tokens // self.config.block_tokens
+        if held < first:
+            self.abort_import(ticket)
+            return 0
+        for index in range(held, len(ticket.table)):
+            self.pool.memory.copy_group_in(ticket.table[index], blocks[index - first])
+        self.adopt_prefix_finish(ticket, request)
+        return len(ticket.table) - held
 
     def pin_blocks(self, keys: Items[BlockKey]) -> PinnedBlocks:
         """Hold the longest leading run of ``keys`` that is cached, until :meth:`unpin`."""

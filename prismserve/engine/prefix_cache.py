@@ -178,6 +178,16 @@ class PrefixCache:
         holding = self._holdings.get(owner)
         return 0 if holding is None else holding.groups
 
+    def full_block(self, key: BlockKey) -> tuple[int, str] | None:
+        """Group and owner of a full block; None if it is not held. May be asked from any thread."""
+        node = self._nodes.get(key)
+        return (node.group, node.owner) if node is not None and self._is_full(node) else None
+
+    def share_of(self, owner: str) -> float:
+        """The share an owner was last seen with; 1 if it holds nothing. May be asked from any thread."""
+        holding = self._holdings.get(owner)
+        return 1.0 if holding is None else holding.share
+
     def insert(
         self, parent: bytes, key: BlockKey, group: int, block: Sequence[Element], owner: CacheOwner = NOBODY
     ) -> int:

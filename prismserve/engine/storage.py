@@ -96,6 +96,27 @@ class KVStorage:
         """Copies of single-layer blocks ([n] int64), a tensor per part, on the CPU."""
         return tuple(part.index_select(0, blocks).to("cpu") for part in self._flat)
 
+    @property
+    def group_bytes(self) -> int:
+        """Memory of one group: every layer's block."""
+        return self.layout.layers * self.block_bytes
+
+    def copy_group_out(self, group: int, target: torch.Tensor) -> None:
+        """Copy one group, part after part, into uint8 [group_bytes] on the CPU."""
+        first = 0
+        for part in self.parts:
+            nbytes = part[group].nbytes
+            target[first : first + nbytes].copy_(part[group].view(-1).view(torch.uint8))
+            first += nbytes
+
+    def copy_group_in(self, group: int, source: torch.Tensor) -> None:
+        """Write what :meth:`copy_group_out` gave."""
+        first = 0
+        for part in self.parts:
+            nbytes = part[group].nbytes
+            part[group].view(-1).view(torch.uint8).copy_(source[first : first + nbytes])
+            first += nbytes
+
     def put_blocks(self, blocks: torch.Tensor, taken: tuple[torch.Tensor, ...]) -> None:
         """Write what :meth:`take_blocks` gave into ``blocks``."""
         for part, source in zip(self._flat, taken, strict=True):

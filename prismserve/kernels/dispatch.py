@@ -1,4 +1,8 @@
-"""Which implementation an op runs: Triton for CUDA tensors where Triton is installed, plain PyTorch otherwise."""
+"""Which implementation an op runs.
+
+Triton for CUDA tensors where Triton is installed; native kernels (:mod:`prismserve.kernels.native`) for CPU tensors
+where they can be compiled; plain PyTorch otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 @dataclass(slots=True)
 class _Choice:
     interpreted: bool = False
+    native: bool = True
 
 
 _choice = _Choice()
@@ -35,6 +38,35 @@ def use_triton(tensor: torch.Tensor) -> bool:
 def use_triton_on(device: torch.device) -> bool:
     """Whether ops on tensors of this device run as Triton kernels."""
     return triton_installed() if device.type == "cuda" else _choice.interpreted
+
+
+def use_native_on(device: torch.device) -> bool:
+    """Whether ops on float32 tensors of this device run as native kernels, where an op has one."""
+    if device.type != "cpu" or not _choice.native or _choice.interpreted:
+        return False
+    from prismserve.kernels.native.library import available
+
+    return available()
+
+
+def use_native(tensor: torch.Tensor) -> bool:
+    """Whether ops on tensors like this one run as native kernels, where an op has one."""
+    return tensor.dtype is torch.float32 and use_native_on(tensor.device)
+
+
+def set_native(*, on: bool) -> None:
+    """Let CPU tensors use native kernels (the default) or not, in this process from now on."""
+    _choice.native = on
+
+
+@contextmanager
+def without_native() -> Iterator[None]:
+    """Inside, CPU tensors use plain PyTorch only."""
+    before, _choice.native = _choice.native, False
+    try:
+        yield
+    finally:
+        _choice.native = before
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from prismserve.kernels.linear import Norm
 from prismserve.kernels.rms_norm import rms_norm
-from prismserve.kernels.rotary import apply_rotary
-from prismserve.kernels.silu_mul import silu_mul
+from prismserve.kernels.rotary import rotate_heads
 from prismserve.models.experts import Experts
+from prismserve.models.linear import Linear
 from prismserve.models.rope import component_of_pair, inverse_frequencies, local_frequencies, position_angles
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ class DecoderLayer(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
+        def linear(inputs: int, outputs: int, *, bias: bool) -> Linear:
+            return Linear.empty(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
         self.input_norm = parameter(hidden)
-        self.qkv_weight = parameter(queries + 2 * cached, hidden)
-        self.qkv_bias = parameter(queries + 2 * cached) if config.qkv_bias else None
+        self.qkv = linear(hidden, queries + 2 * cached, bias=config.qkv_bias)
         self.q_norm = parameter(config.head_dim) if config.qk_norm else None
         self.k_norm = parameter(config.head_dim) if config.qk_norm else None
-        self.output_weight = parameter(hidden, queries)
-        self.output_bias = parameter(hidden) if config.output_bias else None
+        self.output = linear(queries, hidden, bias=config.output_bias)
         self.attended_norm = parameter(hidden) if config.sandwich_norms else None
         self.mlp_norm = parameter(hidden)
         self.mlp_out_norm = parameter(hidden) if config.sandwich_norms else None
@@ -73,53 +75,65 @@ class DecoderLayer(nn.Module):
             self.experts: Experts | None = Experts(config, config.experts, device, dtype)
             return
         self.experts = None
-        self.gate_up_weight = parameter(2 * inner, hidden)
-        self.gate_up_bias = parameter(2 * inner) if config.mlp_bias else None
-        self.down_weight = parameter(hidden, inner)
-        self.down_bias = parameter(hidden) if config.mlp_bias else None
+        self.gate_up = linear(hidden, 2 * inner, bias=config.mlp_bias)
+        self.down = linear(inner, hidden, bias=config.mlp_bias)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return decoder_norm(x, weight, self.config)
 
+    def _entering(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, Norm | None]:
+        """What a product takes for the norm of ``x``: itself and the norm, where that can be fused."""
+        if self.config.unit_norms:
+            return self._norm(x, weight), None
+        return x, Norm(weight, self.config.norm_eps)
+
     def project(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [T, H, d] and keys [T, kv_heads, d] after RoPE, and values [T, kv_heads, d], of what enters [T, D]."""
         config = self.config
-        tokens, heads = x.shape[0], config.heads
-        angles = rotary[self.rotary_kind]
-        qkv = functional.linear(self._norm(x, self.input_norm), self.qkv_weight, self.qkv_bias)
-        qkv = qkv.view(tokens, -1, config.head_dim)
-        v = qkv[:, heads + config.kv_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q = apply_rotary(self._norm(qkv[:, :heads], self.q_norm), *angles)
-            k = apply_rotary(self._norm(qkv[:, heads : heads + config.kv_heads], self.k_norm), *angles)
-        else:
-            qk = apply_rotary(qkv[:, : heads + config.kv_heads], *angles)
-            q, k = qk[:, :heads], qk[:, heads:]
-        if config.query_scale != 1.0:
-            q = q * config.query_scale
-        return q, k, v
+        rotated = config.heads + config.kv_heads
+        qkv = self.qkv(*self._entering(x, self.input_norm)).view(x.shape[0], -1, config.head_dim)
+        q, k = self._rotated(qkv[:, :rotated], rotary[self.rotary_kind])
+        return q, k, qkv[:, rotated:]
 
     def forward(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
         """[T, D] to [T, D]."""
         tokens = x.shape[0]
         q, k, v = self.project(x, rotary)
         attended = attention.attend(index, q, k, v).reshape(tokens, -1)
-        attended = functional.linear(attended, self.output_weight, self.output_bias)
-        x = x + (attended if self.attended_norm is None else self._norm(attended, self.attended_norm))
-        out = self._mlp(self._norm(x, self.mlp_norm))
-        return x + (out if self.mlp_out_norm is None else self._norm(out, self.mlp_out_norm))
-
-    def _mlp(self, normed: torch.Tensor) -> torch.Tensor:
-        if self.experts is not None:
-            mixed: torch.Tensor = self.experts(normed)
-            return mixed
-        gate_up = functional.linear(normed, self.gate_up_weight, self.gate_up_bias)
-        if self.config.activation == "silu":
-            gated = silu_mul(gate_up)
+        if self.attended_norm is None:
+            x = self.output(attended, residual=x)
         else:
-            gate, up = gate_up.chunk(2, dim=-1)
+            x = x + self._norm(self.output(attended), self.attended_norm)
+        if self.mlp_out_norm is None:
+            return self._mlp(x, residual=x)
+        return x + self._norm(self._mlp(x, residual=None), self.mlp_out_norm)
+
+    def _rotated(self, qk: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [T, H, d] and keys [T, kv_heads, d] after their norms and RoPE, queries scaled."""
+        config, heads = self.config, self.config.heads
+        gains = None
+        if self.q_norm is not None and self.k_norm is not None:
+            if config.unit_norms:
+                qk = torch.cat((self._norm(qk[:, :heads], self.q_norm), self._norm(qk[:, heads:], self.k_norm)), dim=1)
+            else:
+                gains = (self.q_norm, self.k_norm, heads, config.norm_eps)
+        qk = rotate_heads(qk, angles, gains)
+        q, k = qk[:, :heads], qk[:, heads:]
+        return (q if config.query_scale == 1.0 else q * config.query_scale), k
+
+    def _mlp(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """The MLP of the norm of ``x``, plus the residual if there is one."""
+        if self.experts is not None:
+            mixed: torch.Tensor = self.experts(self._norm(x, self.mlp_norm))
+            return mixed if residual is None else residual + mixed
+        entering = self._entering(x, self.mlp_norm)
+        if self.config.activation == "silu":
+            gated = self.gate_up(*entering, gated=True)
+        else:
+            gate, up = self.gate_up(*entering).chunk(2, dim=-1)
             gated = functional.gelu(gate, approximate="tanh") * up
-        return functional.linear(gated, self.down_weight, self.down_bias)
+        out: torch.Tensor = self.down(gated, residual=residual)
+        return out
 
     def weight_targets(self) -> dict[str, torch.Tensor]:
         """Views of the parameters under the names a Hugging Face checkpoint gives their parts."""
@@ -133,24 +147,24 @@ class DecoderLayer(nn.Module):
             f"{after_attention}.weight": self.mlp_norm,
             "self_attn.q_norm.weight": self.q_norm,
             "self_attn.k_norm.weight": self.k_norm,
-            "self_attn.o_proj.weight": self.output_weight,
-            "self_attn.o_proj.bias": self.output_bias,
+            "self_attn.o_proj.weight": self.output.matrix,
+            "self_attn.o_proj.bias": self.output.bias,
         }
         if config.sandwich_norms:
             targets["post_attention_layernorm.weight"] = self.attended_norm
             targets["post_feedforward_layernorm.weight"] = self.mlp_out_norm
-        fused = [("self_attn", rows, self.qkv_weight, self.qkv_bias)]
+        fused = [("self_attn", rows, self.qkv)]
         if self.experts is not None:
             targets |= self.experts.weight_targets()
         else:
             halves = {"gate_proj": (0, config.intermediate_size), "up_proj": (config.intermediate_size,) * 2}
-            fused.append(("mlp", halves, self.gate_up_weight, self.gate_up_bias))
-            targets["mlp.down_proj.weight"] = self.down_weight
-            targets["mlp.down_proj.bias"] = self.down_bias
-        for prefix, parts, weight, bias in fused:
+            fused.append(("mlp", halves, self.gate_up))
+            targets["mlp.down_proj.weight"] = self.down.matrix
+            targets["mlp.down_proj.bias"] = self.down.bias
+        for prefix, parts, linear in fused:
             for name, (start, length) in parts.items():
-                targets[f"{prefix}.{name}.weight"] = weight.narrow(0, start, length)
-                targets[f"{prefix}.{name}.bias"] = None if bias is None else bias.narrow(0, start, length)
+                targets[f"{prefix}.{name}.weight"] = linear.matrix.narrow(0, start, length)
+                targets[f"{prefix}.{name}.bias"] = None if linear.bias is None else linear.bias.narrow(0, start, length)
         return {name: target for name, target in targets.items() if target is not None}
 
 
@@ -172,15 +186,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         device = torch.device(device)
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+        self.dtype = dtype
+
+        def table() -> Linear:
+            return Linear.empty(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
+
+        self.embedding = table()
         self.layers = nn.ModuleList(DecoderLayer(config, index, device, dtype) for index in range(config.layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size, device=device, dtype=dtype), requires_grad=False)
-        self.head = (
-            self.embedding
-            if config.tie_word_embeddings
-            else nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
-        )
+        self.head = self.embedding if config.tie_word_embeddings else table()
         self.register_buffer("inverse_frequencies", inverse_frequencies(config).to(device), persistent=False)
         local, components = local_frequencies(config), component_of_pair(config)
         self.register_buffer("local_frequencies", None if local is None else local.to(device), persistent=False)
@@ -189,7 +203,7 @@ class Decoder(nn.Module):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [T] int64 to [T, D]."""
-        embedded = functional.embedding(ids, self.embedding)
+        embedded = self.embedding.rows(ids, self.dtype)
         if self.config.embedding_scale == 1.0:
             return embedded
         # Rounded to the dtype first, as these models were trained.
@@ -218,7 +232,10 @@ class Decoder(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head over the rows given: [T, D] to [T, V] float32."""
-        logits = functional.linear(decoder_norm(x, self.norm, self.config), self.head).float()
+        if self.config.unit_norms:
+            logits: torch.Tensor = self.head(decoder_norm(x, self.norm, self.config)).float()
+        else:
+            logits = self.head(x, Norm(self.norm, self.config.norm_eps)).float()
         cap = self.config.logit_softcap
         return (logits / cap).tanh() * cap if cap else logits
 
@@ -227,10 +244,10 @@ class Decoder(nn.Module):
 
         They are ``embed_tokens.weight``, ``layers.<i>.*``, ``norm.weight`` and, unless tied, ``lm_head.weight``.
         """
-        targets: dict[str, torch.Tensor] = {"embed_tokens.weight": self.embedding, "norm.weight": self.norm}
+        targets: dict[str, torch.Tensor] = {"embed_tokens.weight": self.embedding.matrix, "norm.weight": self.norm}
         for index, block in enumerate(self.layers):
             if isinstance(block, DecoderLayer):
                 targets |= {f"layers.{index}.{name}": view for name, view in block.weight_targets().items()}
         if not self.config.tie_word_embeddings:
-            targets["lm_head.weight"] = self.head
+            targets["lm_head.weight"] = self.head.matrix
         return targets

@@ -5,20 +5,26 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import xxhash
 
 from prismserve.core.errors import ModelLoadError
 from prismserve.core.hashing import canonical_json, digest
+from prismserve.kernels.dispatch import use_native_on
 from prismserve.models.base import ModelIdentity
 from prismserve.models.checkpoint import read_checkpoint
+from prismserve.models.linear import pack, store_as
 from prismserve.models.weights import load_weights, stored_dtype, stored_tensors, weight_files
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
     from prismserve.models.base import VisionLanguageModel
-    from prismserve.models.weights import Progress
+    from prismserve.models.weights import Progress, StoredTensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -168,10 +174,20 @@ def load_model(
     """
     checkpoint = read_checkpoint(directory)
     files = weight_files(checkpoint.directory)
-    stored_tensors(files)
+    tensors = stored_tensors(files)
     resolved = resolve_dtype(dtype, device)
     fingerprint = model_fingerprint(directory, str(resolved).removeprefix("torch."), device)
     identity = ModelIdentity(fingerprint, encoder_fingerprint(fingerprint), checkpoint.eos_token_ids)
     model = checkpoint.family.build(checkpoint.config, checkpoint.shape, identity, torch.device(device), resolved)
+    module = cast("nn.Module", model)
+    if _keeps_bfloat16(tensors, resolved, model.device):
+        store_as(module, torch.bfloat16)
     load_weights(files, checkpoint.family.rename, model.weight_targets(), progress)
+    pack(module)
     return model
+
+
+def _keeps_bfloat16(tensors: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrices stay bfloat16 in memory while a model computes in float32: half the bytes, the same values."""
+    kinds = {tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1}
+    return dtype is torch.float32 and kinds == {"BF16"} and use_native_on(device)

@@ -46,6 +46,11 @@ _WORKER_GAUGES: Final = {
     "transfer_seconds": ("kv_transfer_seconds", "Time spent sending KV"),
     "transfer_failures": ("kv_transfer_failures", "KV transfers that failed"),
     "prefill_tokens_per_s": ("prefill_tokens_per_second", "Recent prefill speed"),
+    "tier_host_blocks": ("tier_host_blocks", "KV blocks in the host memory tier"),
+    "tier_disk_blocks": ("tier_disk_blocks", "KV blocks in the file tier"),
+    "tier_restored_tokens": ("tier_restored_tokens", "Tokens restored from tiers instead of prefilled"),
+    "tier_corrupt_blocks": ("tier_corrupt_blocks", "KV blocks of tiers that failed their checksum"),
+    "tier_errors": ("tier_errors", "Reads and writes of the file tier that failed"),
     "step_ms": ("step_milliseconds", "Recent duration of an engine step"),
 }
 

@@ -8,6 +8,7 @@ from prismserve.core.config import FrozenConfig, PositiveInt, PositiveSeconds
 from prismserve.core.types import Role
 from prismserve.engine.config import EngineConfig
 from prismserve.kv_transfer.config import TransferConfig
+from prismserve.kv_transfer.tiers.config import TierConfig
 
 
 class WorkerConfig(FrozenConfig):
@@ -24,6 +25,7 @@ class WorkerConfig(FrozenConfig):
     index_url: str = Field(repr=False)
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    tiers: TierConfig = TierConfig()
     stats_interval_s: PositiveSeconds = 0.5
     peer_timeout_s: PositiveSeconds = 10.0
     kv_wait_timeout_s: PositiveSeconds = Field(

@@ -25,6 +25,7 @@ from prismserve.protocol import worker_pb2 as pb
 
 if TYPE_CHECKING:
     from prismserve.core.types import MediaSegment, Reservation
+    from prismserve.engine.pool import KVPool
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.peers import Peer
     from prismserve.worker_runtime.runtime import WorkerRuntime
@@ -56,6 +57,18 @@ class TransferCounters:
         self.seconds += outgoing.write_seconds
 
 
+class TailReader:
+    """Reads slots from ``first`` on, out of a pool whose groups lie in the order of the blocks there."""
+
+    def __init__(self, pool: KVPool, first: int) -> None:
+        self._read = pool.reader(range(pool.groups))
+        self._first = first
+
+    def __call__(self, layer: int, start_token: int, tokens: int, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`prismserve.kv_transfer.pieces.KVRead`."""
+        return self._read(layer, start_token - self._first, tokens, rows=rows)
+
+
 class Exchange:
     """Both sides of cache exchange.
 
@@ -72,6 +85,7 @@ class Exchange:
     async def fetch(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
         """Fetch the prefix and the embeddings the router's hints point at; never fails the request."""
         runtime, request = self._runtime, submission.request
+        await runtime.tiering.restore(submission, worker)
         wanted = []
         if submission.pull_from and submission.pull_blocks and submission.pull_from != runtime.info.worker_id:
             wanted.append(self._fetch_prefix(submission, worker))
@@ -229,13 +243,19 @@ class Exchange:
         keys = convert.split_keys(message.block_keys)
         pinned = await runtime.on_engine(lambda engine: engine.pin_blocks(keys))
         try:
-            if len(pinned.table) < len(keys):
-                return pb.PushReply(found=False, refusal=f"{len(pinned.table)} of {len(keys)} blocks are held")
+            held = len(pinned.table)
+            staged = await asyncio.to_thread(runtime.tiering.stage, keys[held:]) if held < len(keys) else None
+            found = held + (0 if staged is None else staged[1])
+            if found < len(keys):
+                return pb.PushReply(found=False, refusal=f"{found} of {len(keys)} blocks are held")
             outgoing = self._outgoing(message, peer)
-            pool, table = runtime.engine.pool, pinned.table
-            for layer in range(runtime.engine.layout.layers):
-                outgoing.push_from(layer, 0, pinned.tokens, pool.reader(table))
-            layer_tokens = (pinned.tokens,) * runtime.engine.layout.layers
+            layers, tokens = runtime.engine.layout.layers, found * runtime.engine.layout.block_tokens
+            for layer in range(layers):
+                outgoing.push_from(layer, 0, pinned.tokens, runtime.engine.pool.reader(pinned.table))
+                if staged is not None:
+                    tail = TailReader(staged[0], pinned.tokens)
+                    outgoing.push_from(layer, pinned.tokens, tokens - pinned.tokens, tail)
+            layer_tokens = (tokens,) * layers
             return pb.PushReply(found=True, manifest=await self._finish(message, outgoing, layer_tokens))
         finally:
             await runtime.on_engine(lambda engine: engine.unpin(pinned.pin_id))

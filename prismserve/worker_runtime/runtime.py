@@ -41,6 +41,7 @@ from prismserve.worker_runtime.local import LocalJobs
 from prismserve.worker_runtime.peers import PeerDirectory
 from prismserve.worker_runtime.service import WorkerService
 from prismserve.worker_runtime.sessions import RequestRef, SessionTable
+from prismserve.worker_runtime.tiering import Tiering
 from prismserve.worker_runtime.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class WorkerRuntime:
     index: KVIndex
     peers: PeerDirectory
     exchange: Exchange
+    tiering: Tiering
     model: VisionLanguageModel
 
     def __init__(self, config: WorkerConfig, progress: Callable[[str, int, int], None]) -> None:
@@ -113,6 +115,7 @@ class WorkerRuntime:
         torch.set_num_threads(config.threads)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.engine.image_cache.on_change = self._on_image
+        self.tiering = await asyncio.to_thread(Tiering, self, config.tiers, self._on_tier)
         self.engine_loop = EngineLoop(self.engine, self._on_outputs, self._on_cache_events)
         self.engine_loop.start()
 
@@ -159,7 +162,7 @@ class WorkerRuntime:
             endpoint=self.hub.endpoint(),
             state=WorkerState.STARTING,
         )
-        self.lease = WorkerLease(self.index, info, lambda: {Tier.DEVICE: list(self._held)}, IndexConfig())
+        self.lease = WorkerLease(self.index, info, self._held_keys, IndexConfig())
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)
@@ -198,6 +201,8 @@ class WorkerRuntime:
         if hasattr(self, "engine_loop"):
             await asyncio.to_thread(self.engine_loop.stop, 5.0)
             self.engine.constraints.close()
+        if hasattr(self, "tiering"):
+            await asyncio.to_thread(self.tiering.close)
         if hasattr(self, "receiver"):
             await asyncio.to_thread(self.receiver.close)
         if hasattr(self, "hub"):
@@ -299,7 +304,19 @@ class WorkerRuntime:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._collect_keys, [key] if held else [], [] if held else [key])
 
+    def _held_keys(self) -> dict[Tier, list[bytes]]:
+        return {Tier.DEVICE: list(self._held), **self.tiering.held()}
+
+    def _on_tier(self, tier: Tier, gained: Sequence[bytes], lost: Sequence[bytes]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tier_changed, tier, gained, lost)
+
+    def _tier_changed(self, tier: Tier, gained: Sequence[bytes], lost: Sequence[bytes]) -> None:
+        if self.lease is not None:
+            self.lease.changed(gained, lost, tier)
+
     def _collect(self, events: CacheEvents) -> None:
+        self.tiering.store.offer(events.added)
         self._collect_keys(events.added, events.removed)
 
     def _collect_keys(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
@@ -328,6 +345,7 @@ class WorkerRuntime:
             transfer_raw_bytes=counters.raw_bytes,
             transfer_seconds=counters.seconds,
             transfer_failures=counters.failures,
+            **self.tiering.stats(),
         )
 
     def stats_message(self) -> pb.WorkerMessage:

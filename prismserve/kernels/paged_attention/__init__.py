@@ -23,6 +23,10 @@ def attend(q: torch.Tensor, layer: LayerKV, batch: PagedBatch, scale: float) -> 
         from prismserve.kernels.paged_attention import triton
 
         return triton.attend(q, layer, batch, scale)
+    if batch.native is not None:
+        from prismserve.kernels.paged_attention import native
+
+        return native.attend(q, layer, batch.native, scale)
     return reference.attend(q, layer, batch, scale)
 
 
@@ -34,6 +38,10 @@ def attend_with_lse(
         from prismserve.kernels.paged_attention import triton
 
         return triton.attend_with_lse(q, layer, batch, scale)
+    if batch.native is not None:
+        from prismserve.kernels.paged_attention import native
+
+        return native.attend_with_lse(q, layer, batch.native, scale)
     return reference.attend_with_lse(q, layer, batch, scale)
 
 

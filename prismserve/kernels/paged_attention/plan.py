@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from prismserve.kernels.dispatch import use_triton_on
+from prismserve.kernels.dispatch import use_native_on, use_triton_on
 from prismserve.kernels.paged_prefill.plan import Ragged, plan_ragged
 
 _BUCKET_GROWTH = 2
@@ -68,13 +69,15 @@ class PagedBatch:
         rows: query rows of all sequences.
         buckets: single-token queries, for the reference.
         spans: sequences of several query rows, for the reference.
-        ragged: both, for the kernels; where it is set, ``buckets`` and ``spans`` are empty.
+        ragged: both, for the Triton kernels; where it is set, ``buckets`` and ``spans`` are empty.
+        native: all sequences, for the native kernel; where it is set, the others are empty.
     """
 
     rows: int
     buckets: tuple[DecodeBucket, ...]
     spans: tuple[PrefillSpan, ...]
     ragged: RaggedStep | None = None
+    native: Ragged | None = None
 
 
 def _check(tables: Sequence[Sequence[int]], q_lens: Sequence[int], kv_lens: Sequence[int], block_tokens: int) -> None:
@@ -166,6 +169,10 @@ def plan_batch(
     device = torch.device(device)
     if use_triton_on(device):
         return _plan_step(tables, q_lens, kv_lens, block_tokens, device)
+    if use_native_on(device):
+        starts = [0, *accumulate(q_lens)]
+        native = plan_ragged(tables, starts[:-1], q_lens, kv_lens, block_tokens, device)
+        return PagedBatch(starts[-1], (), (), native=native)
     singles: list[tuple[int, Sequence[int], int]] = []
     spans: list[PrefillSpan] = []
     row = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prismserve.kernels.dispatch import use_triton
+from prismserve.kernels.dispatch import use_native, use_triton
 from prismserve.kernels.paged_cache import reference
 from prismserve.kernels.paged_cache.layout import KVFormat, LayerKV, QuantisedLayer, new_quantised_layer
 from prismserve.kernels.paged_cache.reference import read_blocks
@@ -16,8 +16,14 @@ def write_kv(layer: LayerKV, slots: torch.Tensor, keys: torch.Tensor, values: to
         from prismserve.kernels.paged_cache import triton
 
         triton.write_kv(layer, slots, keys, values)
-    else:
-        reference.write_kv(layer, slots, keys, values)
+        return
+    if use_native(keys) and isinstance(layer, torch.Tensor):
+        from prismserve.kernels.paged_cache import native
+
+        if native.writable(layer, keys, values):
+            native.write_kv(layer, slots, keys, values)
+            return
+    reference.write_kv(layer, slots, keys, values)
 
 
 __all__ = ["KVFormat", "LayerKV", "QuantisedLayer", "new_quantised_layer", "read_blocks", "write_kv"]

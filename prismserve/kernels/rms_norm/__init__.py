@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prismserve.kernels.dispatch import use_triton
+from prismserve.kernels.dispatch import use_native, use_triton
 from prismserve.kernels.rms_norm import reference
 
 
@@ -14,6 +14,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         from prismserve.kernels.rms_norm import triton
 
         return triton.rms_norm(x, weight, eps)
+    if use_native(x):
+        from prismserve.kernels.rms_norm import native
+
+        return native.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 

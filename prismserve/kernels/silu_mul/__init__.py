@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prismserve.kernels.dispatch import use_triton
+from prismserve.kernels.dispatch import use_native, use_triton
 from prismserve.kernels.silu_mul import reference
 
 
@@ -14,6 +14,10 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         from prismserve.kernels.silu_mul import triton
 
         return triton.silu_mul(gate_up)
+    if use_native(gate_up):
+        from prismserve.kernels.silu_mul import native
+
+        return native.silu_mul(gate_up)
     return reference.silu_mul(gate_up)
 
 

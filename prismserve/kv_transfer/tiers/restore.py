@@ -1,0 +1,70 @@
+"""Whether to restore a run of blocks or to compute it again; pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FIXED_S: Final = 0.001
+"""What a restore costs beside the bytes: a thread hop and a call between two engine steps."""
+FIRST_GUESS_BYTES_PER_S: Final[Mapping[str, float]] = {"host": 2e9, "disk": 5e8}
+"""Rates of tiers nothing was read from yet; modest, so that the first restore is one that pays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """A decision and its grounds.
+
+    Attributes:
+        first: block of the chain where the run begins.
+        blocks: how many to restore; 0 if none.
+        restore_s: predicted time of restoring them.
+        compute_s: predicted time of prefilling their tokens; infinite before anything was prefilled.
+        reason: in a word, for logs and metrics.
+    """
+
+    first: int
+    blocks: int
+    restore_s: float
+    compute_s: float
+    reason: str
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether anything is to be restored."""
+        return self.blocks > 0
+
+
+def decide(
+    *,
+    first: int,
+    tiers: Sequence[str],
+    block_bytes: int,
+    block_tokens: int,
+    bytes_per_s: Mapping[str, float],
+    prefill_tokens_per_s: float,
+    blocks_min: int,
+) -> Restore:
+    """Compare restoring a run with computing it.
+
+    Args:
+        first: block of the chain where the run begins.
+        tiers: per block of the run, the fastest tier that holds it.
+        block_bytes: of each.
+        block_tokens: of each.
+        bytes_per_s: measured rate of each tier; 0 where nothing was measured yet.
+        prefill_tokens_per_s: measured speed of prefill; 0 where nothing was measured yet.
+        blocks_min: shorter runs are not worth the trouble.
+    """
+    if len(tiers) < blocks_min:
+        return Restore(first, 0, 0.0, 0.0, "too_short" if tiers else "not_held")
+    seconds = {name: block_bytes / (bytes_per_s.get(name) or FIRST_GUESS_BYTES_PER_S[name]) for name in set(tiers)}
+    restore_s = FIXED_S + sum(seconds[name] for name in tiers)
+    tokens = len(tiers) * block_tokens
+    compute_s = tokens / prefill_tokens_per_s if prefill_tokens_per_s > 0 else float("inf")
+    if restore_s >= compute_s:
+        return Restore(first, 0, restore_s, compute_s, "compute_is_cheaper")
+    return Restore(first, len(tiers), restore_s, compute_s, "restore_is_cheaper")

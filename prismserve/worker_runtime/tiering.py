@@ -1,0 +1,161 @@
+"""A worker's tiers at work: published blocks sink, and the prefix of a request comes back where that is cheaper."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from prismserve.core.errors import PrismServeError
+from prismserve.core.hashing import digest
+from prismserve.core.prompt import block_keys, elements
+from prismserve.core.types import Tier
+from prismserve.engine.pool import KVPool
+from prismserve.kv_transfer.tiers.eviction import OWNER_BYTES, Label
+from prismserve.kv_transfer.tiers.restore import Restore, decide
+from prismserve.kv_transfer.tiers.store import TierStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from prismserve.engine.engine import Engine
+    from prismserve.kv_transfer.tiers.config import TierConfig
+    from prismserve.worker_runtime.jobs import Submission
+    from prismserve.worker_runtime.runtime import WorkerRuntime
+
+logger = logging.getLogger(__name__)
+
+_BY_NAME = {"host": Tier.HOST, "disk": Tier.DISK}
+
+
+class EngineBlocks:
+    """The engine as the tiers see it; see :class:`prismserve.kv_transfer.tiers.store.BlockSource`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def copy_block(self, key: bytes, target: torch.Tensor) -> Label | None:
+        """Copy a cached block and label it with its tenant."""
+        owner = self._engine.copy_block(key, target)
+        if owner is None:
+            return None
+        name = digest("tier-owner", owner.name.encode())[:OWNER_BYTES] if owner.name else bytes(OWNER_BYTES)
+        return Label(name, owner.share)
+
+
+class Tiering:
+    """The tiers of one worker.
+
+    Args:
+        runtime: the worker; its engine is built, its index may not be there yet.
+        config: sizes and limits.
+        on_change: called with (tier, gained, lost), on any thread.
+
+    Attributes:
+        store: the tiers themselves.
+        restored_tokens: tokens that did not have to be prefilled thanks to the tiers.
+        misses: restores that came to nothing.
+    """
+
+    def __init__(
+        self,
+        runtime: WorkerRuntime,
+        config: TierConfig,
+        on_change: Callable[[Tier, Sequence[bytes], Sequence[bytes]], None],
+    ) -> None:
+        engine = runtime.engine
+        identity = digest("tier", runtime.model.fingerprint, engine.layout.fingerprint())
+        self._runtime = runtime
+        self._config = config
+        self.store = TierStore(
+            config,
+            engine.group_bytes,
+            identity,
+            EngineBlocks(engine),
+            lambda name, gained, lost: on_change(_BY_NAME[name], gained, lost),
+        )
+        self.restored_tokens = 0
+        self.misses = 0
+
+    def held(self) -> dict[Tier, list[bytes]]:
+        """Every key held, by tier."""
+        return {_BY_NAME[tier.name]: tier.keys() for tier in self.store.tiers}
+
+    def stats(self) -> dict[str, int]:
+        """The figures of :class:`prismserve.core.types.WorkerStats` that are the tiers'."""
+        host, disk = self.store.host, self.store.disk
+        tiers = [tier for tier in (host, disk) if tier is not None]
+        return {
+            "tier_host_blocks": len(host),
+            "tier_disk_blocks": 0 if disk is None else len(disk),
+            "tier_restored_tokens": self.restored_tokens,
+            "tier_corrupt_blocks": sum(tier.counters.corrupt for tier in tiers),
+            "tier_errors": sum(tier.counters.errors for tier in tiers),
+        }
+
+    async def restore(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
+        """Bring back the prefix of a request that the device no longer holds; never fails the request."""
+        runtime, request = self._runtime, submission.request
+        if not self.store.tiers or not runtime.config.engine.prefix_caching:
+            return
+        size = runtime.engine.layout.block_tokens
+        namespace = request.namespace if worker == "prefill" else request.wire_namespace
+        slots = elements(request.prompt, request.resume_token_ids)
+        keys = list(block_keys(namespace, slots, size))[: max(0, len(slots) - 1) // size]
+        plan = self._plan(keys, await runtime.on_engine(lambda engine: engine.held_blocks(keys)))
+        if not plan.worth_it:
+            return
+        try:
+            taken = await self._bring_back(submission, worker, keys, plan)
+        except (PrismServeError, TimeoutError) as error:
+            self.misses += 1
+            logger.info("request %s: nothing was restored: %s", request.request_id, str(error) or "it took too long")
+            return
+        self.restored_tokens += taken * size
+        self.misses += taken == 0
+
+    def _plan(self, keys: Sequence[bytes], first: int) -> Restore:
+        engine = self._runtime.engine
+        run = self.store.held_run(keys[first:])
+        rates = {tier.name: tier.counters.read_bytes_per_s for tier in self.store.tiers}
+        return decide(
+            first=first,
+            tiers=[tier.name for tier in run],
+            block_bytes=self.store.block_bytes,
+            block_tokens=engine.layout.block_tokens,
+            bytes_per_s=rates,
+            prefill_tokens_per_s=engine.stats().prefill_tokens_per_s,
+            blocks_min=self._config.restore_blocks_min,
+        )
+
+    async def _bring_back(
+        self, submission: Submission, worker: Literal["local", "prefill"], keys: Sequence[bytes], plan: Restore
+    ) -> int:
+        wanted = keys[plan.first : plan.first + plan.blocks]
+        blocks = list(torch.empty(len(wanted), self.store.block_bytes, dtype=torch.uint8).unbind(0))
+        reading = asyncio.to_thread(self.store.read_run, wanted, blocks)
+        found = await asyncio.wait_for(reading, self._config.restore_timeout_s)
+        if not found:
+            return 0
+        request = submission.request
+        return await self._runtime.on_engine(
+            lambda engine: engine.adopt_blocks(request, plan.first, blocks[:found], worker=worker)
+        )
+
+    def stage(self, keys: Sequence[bytes]) -> tuple[KVPool, int] | None:
+        """A pool of its own with the leading blocks of ``keys`` that are held, for sending them; None without any."""
+        wanted = keys[: len(self.store.held_run(keys))]
+        if not wanted:
+            return None
+        pool = KVPool(self._runtime.engine.layout, len(wanted))
+        blocks = list(torch.empty(len(wanted), self.store.block_bytes, dtype=torch.uint8).unbind(0))
+        found = self.store.read_run(wanted, blocks)
+        for index in range(found):
+            pool.memory.copy_group_in(index, blocks[index])
+        return (pool, found) if found else None
+
+    def close(self) -> None:
+        """End the threads; the file keeps its blocks."""
+        self.store.close()
