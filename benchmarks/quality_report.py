@@ -63,7 +63,7 @@ def markdown(rows: Sequence[Row], conditions: str, encode_ms: float) -> str:
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 f"{row.cost_ms:.2f}",
                 f"{100 * row.cost_ms / encode_ms:.0f} %",
-                f"{row.ttft_ms:.1f}",
+                "" if math.isnan(row.ttft_ms) else f"{row.ttft_ms:.1f}",
                 f"{row.kv_bytes / 1024:.0f}",
             ]
         )

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import quality
-from prismserve.compression import loader
+from prismserve.compression import loader, presets
 
 
 def test_every_method_with_a_budget_is_measured():
@@ -37,3 +38,16 @@ def test_arguments_that_make_no_sense_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         quality.main(arguments)
     assert "error" in capsys.readouterr().err
+
+
+def test_no_preset_is_below_random_on_any_family_in_the_published_table():
+    results = json.loads((Path(quality.__file__).parent / "results" / "quality.json").read_text(encoding="utf-8"))
+    rows = {(row["method"], row["keep"]): row["families"] for row in results["rows"]}
+    for preset in presets.names():
+        visual = presets.resolve(preset, "off").visual
+        if visual.name == "none":
+            continue
+        keep = loader.kept_tokens(visual, 196)
+        near = min(quality.KEEPS, key=lambda count: abs(count - keep))
+        mine, control = rows[visual.name, near], rows["random", near]
+        assert all(mine[family]["share"] >= control[family]["share"] for family in control), preset
