@@ -75,7 +75,8 @@ def markdown(rows: Sequence[Row], conditions: str, encode_ms: float) -> str:
         "Exact match in percent, by family of questions; the interval is Wilson's for all questions together. *ms* is what",
         f"a method adds for one picture, *of encoder* that as a share of the {encode_ms:.1f} ms the encoder takes without",
         "it. Budgets are tokens of 196; of a method inside the decoder (`prefill/`), what is left after its last cut. TTFT",
-        "is the engine's own, one picture at a time, nothing cached.",
+        "is the engine's own, one picture at a time, nothing cached. All times are CPU time of the one thread, which other work",
+        "on the machine does not lengthen.",
         "",
         markdown_table(header, body, left=3),
     ]
