@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from prismserve.kernels.dispatch import use_native
 from prismserve.kernels.paged_attention import attend, attend_with_lse, plan_batch, write_kv
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class PagedAttention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store k and v ([T, kv_heads, d], after RoPE) and return the attention output [T, heads, d]."""
-        dtype = self._pool.memory.dtype
-        q_, k, v = (part.to(dtype) for part in (q, k, v))
+        q_, k, v = self._as_read(q, k, v)
         outs = [attend(rows, view, batch, self._scale) for rows, view, batch in self._stored(layer, q_, k, v)]
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(q.dtype)
 
@@ -63,11 +63,16 @@ class PagedAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`attend`, and the log-sum-exp of every row's scaled scores, [T, heads] float32."""
-        dtype = self._pool.memory.dtype
-        q_, k, v = (part.to(dtype) for part in (q, k, v))
+        q_, k, v = self._as_read(q, k, v)
         pairs = [attend_with_lse(rows, view, batch, self._scale) for rows, view, batch in self._stored(layer, q_, k, v)]
         outs, sums = zip(*pairs, strict=True)
         return torch.cat(outs).to(q.dtype), torch.cat(sums)
+
+    def _as_read(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In the dtype the pool is read in; native kernels take float32 beside any pool."""
+        if use_native(parts[0]):
+            return parts
+        return tuple(part.to(self._pool.memory.dtype) for part in parts)
 
     def _stored(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

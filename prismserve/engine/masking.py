@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from prismserve.kernels.dispatch import use_native
 from prismserve.kernels.masked_attention import MaskedRows, masked_attention
 from prismserve.kernels.paged_attention import write_kv
 
@@ -59,7 +60,10 @@ class MaskedAttention:
         window = self._windows[layer]
         if not window and not self._images:
             return self._ordinary.attend(layer, q, k, v)
-        dtype = self._pool.memory.dtype
         view = self._pool.layer(layer)
+        if use_native(q):
+            write_kv(view, self._slots, k, v)
+            return masked_attention(q, view, self._rows, self._scale, window)
+        dtype = self._pool.memory.dtype
         write_kv(view, self._slots, k.to(dtype), v.to(dtype))
         return masked_attention(q.to(dtype), view, self._rows, self._scale, window).to(q.dtype)

@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
             f"{after_attention}.weight": self.mlp_norm,
             "self_attn.q_norm.weight": self.q_norm,
             "self_attn.k_norm.weight": self.k_norm,
-            "self_attn.o_proj.weight": self.output.matrix,
+            "self_attn.o_proj.weight": self.output.weight,
             "self_attn.o_proj.bias": self.output.bias,
         }
         if config.sandwich_norms:
@@ -159,11 +159,11 @@ class DecoderLayer(nn.Module):
         else:
             halves = {"gate_proj": (0, config.intermediate_size), "up_proj": (config.intermediate_size,) * 2}
             fused.append(("mlp", halves, self.gate_up))
-            targets["mlp.down_proj.weight"] = self.down.matrix
+            targets["mlp.down_proj.weight"] = self.down.weight
             targets["mlp.down_proj.bias"] = self.down.bias
         for prefix, parts, linear in fused:
             for name, (start, length) in parts.items():
-                targets[f"{prefix}.{name}.weight"] = linear.matrix.narrow(0, start, length)
+                targets[f"{prefix}.{name}.weight"] = linear.weight.narrow(0, start, length)
                 targets[f"{prefix}.{name}.bias"] = None if linear.bias is None else linear.bias.narrow(0, start, length)
         return {name: target for name, target in targets.items() if target is not None}
 
@@ -244,10 +244,10 @@ class Decoder(nn.Module):
 
         They are ``embed_tokens.weight``, ``layers.<i>.*``, ``norm.weight`` and, unless tied, ``lm_head.weight``.
         """
-        targets: dict[str, torch.Tensor] = {"embed_tokens.weight": self.embedding.matrix, "norm.weight": self.norm}
+        targets: dict[str, torch.Tensor] = {"embed_tokens.weight": self.embedding.weight, "norm.weight": self.norm}
         for index, block in enumerate(self.layers):
             if isinstance(block, DecoderLayer):
                 targets |= {f"layers.{index}.{name}": view for name, view in block.weight_targets().items()}
         if not self.config.tie_word_embeddings:
-            targets["lm_head.weight"] = self.head.matrix
+            targets["lm_head.weight"] = self.head.weight
         return targets

@@ -20,22 +20,22 @@ class Linear(nn.Module):
     """``x @ weight.T + bias``, with what stands around it fused in where a kernel can.
 
     Attributes:
-        matrix: [N, K], row-major until packed.
+        weight: [N, K], row-major until packed.
         bias: [N] in the compute dtype, or None.
-        packed: whether ``matrix`` is packed.
+        packed: whether ``weight`` is packed.
     """
 
-    def __init__(self, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(matrix, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packed = False
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, *, bias: bool, device: torch.device, dtype: torch.dtype) -> Linear:
         """Allocated, not set."""
-        matrix = torch.empty((outputs, inputs), device=device, dtype=dtype)
-        return cls(matrix, torch.empty(outputs, device=device, dtype=dtype) if bias else None)
+        weight = torch.empty((outputs, inputs), device=device, dtype=dtype)
+        return cls(weight, torch.empty(outputs, device=device, dtype=dtype) if bias else None)
 
     def forward(
         self,
@@ -46,24 +46,24 @@ class Linear(nn.Module):
         gated: bool = False,
     ) -> torch.Tensor:
         """See :func:`prismserve.kernels.linear.reference.linear`."""
-        return kernels.linear(x, self.matrix, self.bias, packed=self.packed, norm=norm, residual=residual, gated=gated)
+        return kernels.linear(x, self.weight, self.bias, packed=self.packed, norm=norm, residual=residual, gated=gated)
 
     def pack(self) -> None:
         """Rearrange the weight in place, once, if native kernels are to use it."""
-        if not self.packed and kernels.packable(self.matrix):
-            kernels.pack(self.matrix)
+        if not self.packed and kernels.packable(self.weight):
+            kernels.pack(self.weight)
             self.packed = True
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, K] of the weight by their numbers [T] int64."""
-        return kernels.rows_of(self.matrix, ids, packed=self.packed, dtype=dtype)
+        return kernels.rows_of(self.weight, ids, packed=self.packed, dtype=dtype)
 
 
 def store_as(model: nn.Module, dtype: torch.dtype) -> None:
     """Allocate the weights of every :class:`Linear` of a model anew, not set, in another dtype."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.matrix.data = torch.empty_like(module.matrix, dtype=dtype)
+            module.weight.data = torch.empty_like(module.weight, dtype=dtype)
 
 
 def pack(model: nn.Module) -> None:
@@ -71,3 +71,13 @@ def pack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()
+
+
+def take_over(model: nn.Module) -> None:
+    """Put a :class:`Linear` over the same parameters in place of every ``nn.Linear`` inside a model."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                held = dict(child.named_parameters())
+                bias = held.get("bias")
+                setattr(module, name, Linear(held["weight"].data, None if bias is None else bias.data))

@@ -15,6 +15,7 @@ from torch import nn
 from prismserve.core.errors import EngineError
 from prismserve.models.base import EncodedImage, ImageInputs
 from prismserve.models.causal import CausalModel
+from prismserve.models.linear import take_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ def borrowed_vision(model_class: type[nn.Module], config: Any, device: torch.dev
     for name in _LANGUAGE:
         if hasattr(model, name):
             delattr(model, name)
+    take_over(model)
     # Parameters only: rotary frequencies are buffers, and lose their meaning in a narrow dtype.
     for parameter in model.parameters():
         parameter.requires_grad = False

@@ -14,6 +14,7 @@ from torch import nn
 
 from prismserve.core.errors import ModelLoadError
 from prismserve.models.base import NEED_CLS_ATTENTION, NEED_ENCODER_KEYS
+from prismserve.models.linear import take_over
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PretrainedConfig
@@ -85,6 +86,7 @@ class VisionTower(nn.Module):
         self.embeddings: nn.Module = model.embeddings
         self.pre_norm: nn.Module | None = getattr(model, "pre_layrnorm", None)
         self.layers: nn.ModuleList = model.encoder.layers
+        take_over(self)
         self.requires_grad_(requires_grad=False)
         self.to(device=device, dtype=dtype)
         self.eval()

@@ -227,7 +227,7 @@ def test_a_new_family_is_one_file(tmp_path, monkeypatch):
 
 
 def stored(linear):
-    return unpack(linear.matrix) if linear.packed else linear.matrix
+    return unpack(linear.weight) if linear.packed else linear.weight
 
 
 def test_llava_embeddings_are_filled_in_fused_parts(tmp_path):

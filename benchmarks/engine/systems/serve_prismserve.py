@@ -93,7 +93,7 @@ def start() -> tuple[Run, dict[str, Any]]:
     decoder = model.decoder
     held = sum(weight.numel() * weight.element_size() for weight in decoder.parameters())
     if decoder.head is not decoder.embedding:
-        held -= decoder.embedding.matrix.nbytes
+        held -= decoder.embedding.weight.nbytes
     about = {
         "version": prismserve.__version__,
         "torch": torch.__version__,

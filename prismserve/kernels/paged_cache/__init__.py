@@ -20,7 +20,7 @@ def write_kv(layer: LayerKV, slots: torch.Tensor, keys: torch.Tensor, values: to
     if use_native(keys) and isinstance(layer, torch.Tensor):
         from prismserve.kernels.paged_cache import native
 
-        if native.writable(layer, keys, values):
+        if native.writable(layer):
             native.write_kv(layer, slots, keys, values)
             return
     reference.write_kv(layer, slots, keys, values)

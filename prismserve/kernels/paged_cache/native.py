@@ -7,18 +7,18 @@ import torch
 from prismserve.kernels.native.library import ELEMENTS, call, strides
 
 
-def writable(layer: object, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether :func:`write_kv` can store these rows into this layer."""
-    plain = isinstance(layer, torch.Tensor) and layer.dtype in ELEMENTS and layer.stride(4) == 1
-    return plain and all(
-        side.dtype is torch.float32 and side.stride(2) == 1 and side.stride(1) == side.shape[2]
-        for side in (keys, values)
-    )
+def writable(layer: torch.Tensor) -> bool:
+    """Whether :func:`write_kv` can store into this layer."""
+    return layer.dtype in ELEMENTS and layer.stride(4) == 1
+
+
+def _heads_together(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.stride(2) == 1 and rows.stride(1) == rows.shape[2] else rows.contiguous()
 
 
 def write_kv(layer: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """As the reference, for float32 rows."""
-    slots = slots.contiguous()
+    """As the reference, for float32 rows, rounded to the dtype of the layer."""
+    slots, keys, values = slots.contiguous(), _heads_together(keys), _heads_together(values)
     group, side, slot, head, _ = layer.stride()
     call(
         "write_kv",

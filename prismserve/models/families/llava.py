@@ -22,6 +22,7 @@ from prismserve.models.base import (
 from prismserve.models.causal import CausalModel
 from prismserve.models.config import DecoderConfig
 from prismserve.models.images import FixedGrid
+from prismserve.models.linear import Linear
 from prismserve.models.vision import TowerPlan, VisionTower
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class Projector(nn.Module):
         if config.projector_hidden_act not in ACT2FN:
             message = f"projector activation {config.projector_hidden_act!r} is not supported"
             raise ModelLoadError(message, field="model")
-        self.linear_1 = nn.Linear(inputs, hidden, bias=bias, device=device, dtype=dtype)
+        self.linear_1 = Linear.empty(inputs, hidden, bias=bias, device=device, dtype=dtype)
         self.activation: nn.Module = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(hidden, hidden, bias=bias, device=device, dtype=dtype)
+        self.linear_2 = Linear.empty(hidden, hidden, bias=bias, device=device, dtype=dtype)
         self.requires_grad_(requires_grad=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
