@@ -64,7 +64,7 @@ coverage: $(STAMP) ## make test with a coverage report
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 chaos: $(STAMP) ## tests that kill, stop or starve a part of a running cluster
-	$(BIN)/python -m pytest -m chaos --timeout 600 $(ARGS)
+	$(BIN)/python -m pytest -m "chaos and not slow" --timeout 600 $(ARGS)
 
 slow: $(STAMP) ## tests of more than a minute
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)

@@ -16,6 +16,7 @@ COMMANDS = {
     "status": "show pools, queues, caches and transfer rates of a running cluster",
     "keys": "make an API key for a tenant",
     "doctor": "check this machine and say what to do",
+    "methods": "list the compression methods",
     "version": "print the version",
 }
 

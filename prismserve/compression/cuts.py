@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from prismserve.compression.base import Method
+
 if TYPE_CHECKING:
-    from prismserve.compression.base import Share, Stage
-    from prismserve.core.config import FrozenConfig
+    from prismserve.compression.base import Share
 
 
 class Tap(enum.StrEnum):
@@ -146,7 +147,7 @@ class CutPlan:
     weights: torch.Tensor | None = None
 
 
-class PrefillMethod(Protocol):
+class PrefillMethod(Method, Protocol):
     """A method that reduces visual tokens inside the decoder. A file ``prefill/<name>.py`` exports one as ``METHOD``.
 
     Attributes:
@@ -156,14 +157,10 @@ class PrefillMethod(Protocol):
         whole: whether it needs every token of an image's grid, so that no visual method may come before it.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    stage: ClassVar[Stage]
     share: ClassVar[Share]
     nested: ClassVar[bool]
     exact: ClassVar[bool]
     whole: ClassVar[bool]
-    Config: ClassVar[type[FrozenConfig]]
 
     def cuts(self, config: Any, layers: int) -> tuple[Cut, ...]:
         """Cuts in a decoder of ``layers`` layers, their layers strictly ascending.

@@ -88,5 +88,6 @@ def take_over(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                bias: nn.Parameter | None = child.bias
-                setattr(module, name, Linear(child.weight.data, None if bias is None else bias.data))
+                held = dict(child.named_parameters())
+                bias = held.get("bias")
+                setattr(module, name, Linear(held["weight"].data, None if bias is None else bias.data))

@@ -10,7 +10,7 @@ from benchmarks.engine import __main__ as benchmark
 from benchmarks.engine.checkpoints import _interleaved
 from benchmarks.engine.figures import verdicts
 from benchmarks.engine.measure import RATE, TPOT, TTFT, Measured
-from benchmarks.engine.systems.client import Result
+from benchmarks.engine.systems.client import Result, System, Variant
 from benchmarks.engine.workloads import ONE, SHARED_IMAGE, Prompts, Workload
 
 
@@ -54,6 +54,18 @@ def test_times_of_a_result_are_those_of_its_tokens():
     assert result.tokens_per_s == 3.0
 
 
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [("exit 3", "ended by itself"), ('echo \'{"error": "no such weights"}\'', "failed: no such weights")],
+)
+def test_a_system_that_does_not_start_says_why(says, reason, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{says}\n")
+    python.chmod(0o755)
+    with pytest.raises(RuntimeError, match=reason):
+        System(Variant("transformers", "float32", python), tmp_path, 1, tmp_path / "log")
+
+
 def test_prompts_are_new_in_every_round_and_share_an_image_only_where_they_should(tmp_path):
     prompts = Prompts(tmp_path, range(10, 200), 3)
     apart, again = (prompts.jobs(Workload("batch-4", 4), seed, 8) for seed in (0, 1))
@@ -75,6 +87,7 @@ def test_rotated_pairs_come_apart_as_transformers_wants_them():
     assert _interleaved("blk.0.attn_v.weight", rows, 4, 1) is rows
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_page_document_and_plot(tmp_path, capsys):
     out = tmp_path / "results"
     flags = ["--quick", "--work", "one", "--work", "shared-8", "--cache", str(tmp_path / "cache"), "--out", str(out)]

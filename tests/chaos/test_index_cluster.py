@@ -17,7 +17,7 @@ from prismserve.cluster.served import ServedCluster
 from prismserve.models.reference.scenes import make_scene
 from tests.kv_transfer.index.servers import Server, program
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(400)]
 SCENE = 10_000_500
 QUESTION = "Describe the image."
 RECOVERY_S = 10.0

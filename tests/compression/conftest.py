@@ -21,6 +21,7 @@ def make_features() -> MakeFeatures:
         media: bytes = b"pixels\0\1",
         dtype: torch.dtype = torch.float32,
         grid: tuple[int, int] | None = None,
+        frames: int = 1,
         question: int = 0,
     ) -> VisualFeatures:
         generator = torch.Generator().manual_seed(seed)
@@ -30,6 +31,7 @@ def make_features() -> MakeFeatures:
             tokens=torch.randn(count, 8, generator=generator).to(dtype),
             grid=grid or (1, count),
             seed=media,
+            frames=frames,
             cls_attention=attention / (attention.sum(1, keepdim=True) + 0.1),
             keys=torch.randn(count, 3, 4, generator=generator).to(dtype),
             projected=torch.randn(count, 10, generator=generator).to(dtype),

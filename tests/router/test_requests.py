@@ -19,13 +19,13 @@ from tests.models.zoo import SPECIMENS
 
 @pytest.fixture
 def build(tmp_path):
-    def make(family, images=1, compression=None, default="balanced"):
+    def make(family, images=1, compression=None, default="balanced", question="What is it?"):
         directory = tmp_path / family
         SPECIMENS[family].save(directory, 0)
         processor, config = Processor.from_directory(directory), RouterConfig()
         facts = ModelFacts("tiny", b"m" * 32, b"e" * 32, KVLayout("float32", 3, 2, 12, 16), processor.max_model_len)
         builder = RequestBuilder(processor, facts, config, MediaReader(config), default)
-        parts = (*(ImageSlot(index) for index in range(images)), "What is it?")
+        parts = (*(ImageSlot(index) for index in range(images)), question)
         sources = tuple(ImageSource(png(index), f"messages[0].content[{index}]") for index in range(images))
         call = Call({}, messages=(ChatMessage("user", parts),), media=sources, compression=compression)
         return builder.build(call)
@@ -75,3 +75,20 @@ async def test_an_image_among_others_is_laid_out_and_keyed_as_one_of_several(bui
     first, other = next(alone.media_segments()), next(among.media_segments())
     assert (first.tokens, other.tokens) == (52, 17)
     assert first.key != other.key
+
+
+async def test_a_method_that_asks_about_the_question_is_keyed_by_it(build):
+    asked = [
+        (await build("llava", compression="cdpruner", question=text)).request for text in ("red?", "red?", "blue?")
+    ]
+    first, again, other = (next(request.prompt.media_segments()).key for request in asked)
+    assert first == again != other
+    assert asked[0].scoring_token_ids
+    assert asked[0].scoring_token_ids != asked[2].scoring_token_ids
+
+
+async def test_a_method_that_does_not_is_shared_by_all_questions(build):
+    asked = [(await build("llava", compression="divprune", question=text)).request for text in ("red?", "blue?")]
+    first, other = (next(request.prompt.media_segments()).key for request in asked)
+    assert first == other
+    assert not asked[0].scoring_token_ids

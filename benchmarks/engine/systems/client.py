@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -99,7 +100,7 @@ class System:
         self._pending = b""
         try:
             self.about: Mapping[str, Any] = self._read(START_TIMEOUT_S)["ready"]
-        except RuntimeError:
+        except BaseException:
             self.close()
             raise
 
@@ -107,8 +108,12 @@ class System:
         """Answer jobs, all at once; RuntimeError if the system fails or takes too long."""
         assert self._process.stdin is not None  # noqa: S101 - opened as a pipe
         line = json.dumps({"jobs": [asdict(job) for job in jobs]}) + "\n"
-        self._process.stdin.write(line.encode())
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            message = f"{self.variant.name} ended by itself; see {self._log}"
+            raise RuntimeError(message) from None
         message = self._read(RUN_TIMEOUT_S)
         answers = tuple((tuple(answer["ids"]), tuple(answer["at_s"])) for answer in message.pop("answers"))
         result = Result(answers, message.pop("wall_s"), message)
@@ -124,7 +129,9 @@ class System:
     def close(self) -> None:
         """End the process."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            # What was not written yet is of no use to a server that has ended.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         try:
             self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -38,6 +38,9 @@ class Fp8Codec:
     name: ClassVar[str] = "fp8"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.CODEC
+    section: ClassVar[str] = "own"
+    source: ClassVar[str] = "8-bit floating point, arXiv:2209.05433"
+    training_free: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     Config: ClassVar[type[Fp8Config]] = Fp8Config
 

@@ -55,6 +55,9 @@ class Int4Codec:
     name: ClassVar[str] = "int4"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.CODEC
+    section: ClassVar[str] = "own"
+    source: ClassVar[str] = "after Liu et al., KIVI, ICML 2024, arXiv:2402.02750"
+    training_free: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     Config: ClassVar[type[Int4Config]] = Int4Config
 

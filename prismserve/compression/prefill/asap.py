@@ -48,6 +48,9 @@ class Asap:
     name: ClassVar[str] = "asap"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.1b"
+    source: ClassVar[str] = "Pathak and Han, ASAP"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC_IN_MODEL
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = True

@@ -30,6 +30,9 @@ class FastV:
     name: ClassVar[str] = "fastv"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.1a"
+    source: ClassVar[str] = "Chen et al., FastV, ECCV 2024, arXiv:2403.06764"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.QUERY
     nested: ClassVar[bool] = True
     exact: ClassVar[bool] = True

@@ -55,6 +55,9 @@ class FrameFusion:
     name: ClassVar[str] = "framefusion"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.2b"
+    source: ClassVar[str] = "Fu et al., FrameFusion, ICCV 2025, arXiv:2501.01986"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.QUERY
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = False

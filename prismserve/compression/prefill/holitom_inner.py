@@ -43,6 +43,9 @@ class HolitomInner:
     name: ClassVar[str] = "holitom_inner"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.2b"
+    source: ClassVar[str] = "Shao et al., HoliTom, NeurIPS 2025, arXiv:2505.21334"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.QUERY
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = True

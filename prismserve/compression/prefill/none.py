@@ -24,6 +24,9 @@ class NoPruning:
     name: ClassVar[str] = "none"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC_IN_MODEL
     nested: ClassVar[bool] = True
     exact: ClassVar[bool] = True

@@ -44,6 +44,9 @@ class Pumer:
     name: ClassVar[str] = "pumer"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.1b"
+    source: ClassVar[str] = "Cao et al., PuMer, ACL 2023, arXiv:2305.17530 (images only)"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.QUERY
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = True

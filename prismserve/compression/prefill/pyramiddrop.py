@@ -45,6 +45,9 @@ class PyramidDrop:
     name: ClassVar[str] = "pyramiddrop"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.1a"
+    source: ClassVar[str] = "Xing et al., PyramidDrop, CVPR 2025, arXiv:2410.17247"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.QUERY
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = True

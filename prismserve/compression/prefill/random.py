@@ -25,6 +25,9 @@ class RandomPruning:
     name: ClassVar[str] = "random"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC_IN_MODEL
     nested: ClassVar[bool] = True
     exact: ClassVar[bool] = True

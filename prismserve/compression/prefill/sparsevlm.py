@@ -57,6 +57,9 @@ class SparseVlm:
     name: ClassVar[str] = "sparsevlm"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.1a"
+    source: ClassVar[str] = "Zhang et al., SparseVLM, ICML 2025, arXiv:2410.04417"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.QUERY
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = True

@@ -51,6 +51,9 @@ class Sttm:
     name: ClassVar[str] = "sttm"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "IV-A.2b"
+    source: ClassVar[str] = "Hyun et al., STTM, ICCV 2025, arXiv:2507.07990"
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC_IN_MODEL
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = False

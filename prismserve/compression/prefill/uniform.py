@@ -20,6 +20,9 @@ class UniformPruning:
     name: ClassVar[str] = "uniform"
     version: ClassVar[int] = 1
     stage: ClassVar[Stage] = Stage.PREFILL
+    section: ClassVar[str] = "control"
+    source: ClassVar[str] = ""
+    training_free: ClassVar[bool] = True
     share: ClassVar[Share] = Share.AGNOSTIC_IN_MODEL
     nested: ClassVar[bool] = False
     exact: ClassVar[bool] = True

@@ -83,8 +83,12 @@ def projected(features: VisualFeatures) -> torch.Tensor:
 
 def cosine_kernel(rows: torch.Tensor) -> torch.Tensor:
     """[N, N] float32, cosine similarity of every two rows of [N, C]; rows without direction are similar to none."""
-    unit = functional.normalize(rows.float(), dim=-1)
-    return unit @ unit.T
+    rows = rows.float()
+    unit = functional.normalize(rows, dim=-1)
+    kernel = unit @ unit.T
+    # Exactly 1, so that rounding does not decide between tokens that are equally good.
+    kernel.diagonal().copy_((rows != 0).any(dim=1))
+    return kernel
 
 
 def ranked(score: torch.Tensor) -> torch.Tensor:
@@ -98,11 +102,11 @@ def ascending(indices: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def squared_distances(rows: int, columns: int) -> torch.Tensor:
-    """[N, N] float32, squared distance of every two patches of a grid, in patches; on the CPU, not to be changed."""
-    count = rows * columns
-    index = torch.arange(count)
-    places = torch.stack((index // columns, index % columns), 1).float()
+def squared_distances(rows: int, columns: int, frames: int = 1) -> torch.Tensor:
+    """[N, N] float32, squared distance of every two tokens, in patches and frames; on the CPU, not to be changed."""
+    index = torch.arange(frames * rows * columns)
+    within = index % (rows * columns)
+    places = torch.stack((index // (rows * columns), within // columns, within % columns), 1).float()
     return (places[:, None] - places[None, :]).square().sum(-1)
 
 

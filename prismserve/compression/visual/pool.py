@@ -32,7 +32,8 @@ class MeanPooling(Reducing):
         whole = self.complete(features, config)
         if whole is not None:
             return whole
-        rows, columns = features.grid
+        # The frames of a video are one picture, each below the one before.
+        rows, columns = features.frames * features.grid[0], features.grid[1]
         count = rows * columns
         kept = self.kept_tokens(config, count)
         anchors, members = [], []

@@ -67,7 +67,7 @@ class Prism(Reducing):
         kept = self.kept_tokens(config, attention.shape[0])
         theta = dial(attention, kept) if config.theta == "auto" else config.theta
         quality = (attention / attention.max().clamp(min=1e-12)) ** theta
-        distances = squared_distances(*features.grid).to(attention.device)
+        distances = squared_distances(*features.grid, features.frames).to(attention.device)
         near = (distances / (-2.0 * config.radius**2)).exp()
         similarity = cosine_kernel(projected(features)) * (1.0 - config.locality + config.locality * near)
         kernel = quality[:, None] * similarity * quality[None, :]

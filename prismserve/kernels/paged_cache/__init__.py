@@ -17,10 +17,9 @@ def write_kv(layer: LayerKV, slots: torch.Tensor, keys: torch.Tensor, values: to
 
         triton.write_kv(layer, slots, keys, values)
         return
-    if use_native(keys) and isinstance(layer, torch.Tensor):
-        if native.writable(layer):
-            native.write_kv(layer, slots, keys, values)
-            return
+    if use_native(keys) and isinstance(layer, torch.Tensor) and native.writable(layer):
+        native.write_kv(layer, slots, keys, values)
+        return
     reference.write_kv(layer, slots, keys, values)
 
 

@@ -19,7 +19,7 @@ from prismserve.kv_transfer.index.redis import RedisIndex
 from prismserve.kv_transfer.index.url import parse_url
 from tests.kv_transfer.index.servers import Server, program, programs
 
-FAST = IndexConfig(lease_ttl_s=1.0, heartbeat_interval_s=0.1, call_timeout_s=0.6, poll_interval_s=0.1)
+FAST = IndexConfig(lease_ttl_s=2.0, heartbeat_interval_s=0.1, call_timeout_s=1.0, poll_interval_s=0.1)
 _CLUSTERS = itertools.count()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from prismserve.core.errors import ConfigurationError, IndexUnavailableError
 from prismserve.core.types import Tier, WorkerState
+from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.kv_transfer.index.redis import RedisIndex
 from prismserve.kv_transfer.index.url import parse_url
@@ -21,6 +22,9 @@ from tests.kv_transfer.index.servers import QUOTED, Server, cluster_of, free_por
 DOCUMENTED = re.findall(
     r"^(ACL SETUSER .*)$", Path(__file__).parents[3].joinpath("docs/redis.md").read_text(), re.MULTILINE
 )
+
+# A client of a cluster makes several connections in its first call.
+PATIENT = IndexConfig(call_timeout_s=5.0, poll_interval_s=0.1)
 
 
 def key(number: int) -> bytes:
@@ -120,21 +124,21 @@ async def test_an_unknown_sentinel_service_is_refused(server, sentinel, cluster)
 
 
 async def test_a_redis_cluster_serves_the_index_to_a_user_with_the_documented_rights(
-    nodes, cluster, config, opened, info, follow, eventually
+    nodes, cluster, opened, info, follow, eventually
 ):
     for node in nodes:
         allow(node, cluster, *DOCUMENTED[:2])
     addresses = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
-    index = RedisIndex(parse_url(f"redis+cluster://prismserve:narrow@{addresses}"), cluster, config)
+    index = RedisIndex(parse_url(f"redis+cluster://prismserve:narrow@{addresses}"), cluster, PATIENT)
     opened.append(index)
     await use_all(index, info(), follow, eventually)
 
 
 async def test_a_slot_that_moves_to_another_node_takes_the_index_with_it(
-    nodes, cluster, config, opened, info, follow, eventually
+    nodes, cluster, opened, info, follow, eventually
 ):
     """Resharding ends with the keys gone from the old node: to the index it is a loss, and owners announce again."""
-    index = RedisIndex(parse_url(nodes[0].url.replace("redis://", "redis+cluster://")), cluster, config)
+    index = RedisIndex(parse_url(nodes[0].url.replace("redis://", "redis+cluster://")), cluster, PATIENT)
     opened.append(index)
     mirror = follow(index)
     epoch = await index.register(info())

@@ -8,6 +8,7 @@ import hashlib
 import pytest
 
 from prismserve.core.types import Tier, WorkerState
+from prismserve.kv_transfer.index.base import EventKind
 from prismserve.kv_transfer.index.lease import WorkerLease
 from prismserve.kv_transfer.index.memory import MemoryIndex, MemoryStore
 
@@ -22,8 +23,13 @@ async def lease(config):
     leases = []
 
     async def start(index, info, held, epochs=None):
+        by_tier = held if isinstance(held, dict) else {Tier.DEVICE: held}
         made = WorkerLease(
-            index, info, lambda: {Tier.DEVICE: sorted(held)}, config, epochs.append if epochs is not None else None
+            index,
+            info,
+            lambda: {tier: sorted(keys) for tier, keys in by_tier.items()},
+            config,
+            epochs.append if epochs is not None else None,
         )
         leases.append(made)
         await made.start()
@@ -50,12 +56,22 @@ async def test_a_lease_announces_what_is_held_and_what_changes(index, new_index,
 
 async def test_a_block_that_moves_between_tiers_is_never_missing(index, new_index, info, follow, eventually, lease):
     mirror = follow(new_index())
-    worker = await lease(index, info(), {key(1)})
+    held = {Tier.DEVICE: {key(1)}, Tier.HOST: set(), Tier.DISK: set()}
+    worker = await lease(index, info(), held)
     await eventually(lambda: mirror.tiers(key(1)))
     seen = []
     mirror_apply = mirror.apply
-    mirror.apply = lambda event: (mirror_apply(event), seen.append(mirror.tiers(key(1))))[0]
+
+    def apply(event):
+        applied = mirror_apply(event)
+        if event.kind is EventKind.ANNOUNCE:
+            seen.append(mirror.tiers(key(1)))
+        return applied
+
+    mirror.apply = apply
     for source, target in ((Tier.DEVICE, Tier.HOST), (Tier.HOST, Tier.DISK), (Tier.DISK, Tier.DEVICE)):
+        held[source].discard(key(1))
+        held[target].add(key(1))
         worker.changed([], [key(1)], source)
         worker.changed([key(1)], [], target)
         await eventually(lambda target=target: mirror.tiers(key(1)) == {"w1": target})

@@ -115,7 +115,7 @@ class MirrorMachine(RuleBasedStateMachine):
         assert [info.worker_id for info in self.mirror.workers()] == sorted(self.model)
 
 
-MirrorMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+MirrorMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 TestMirrorMachine = MirrorMachine.TestCase
 
 

@@ -78,7 +78,7 @@ class TableMachine(RuleBasedStateMachine):
         check(self.table)
 
 
-TableMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TableMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestTableMachine = TableMachine.TestCase
 
 
