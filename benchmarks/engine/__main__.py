@@ -15,7 +15,7 @@ from typing import Final
 
 from benchmarks.engine import checkpoints, report
 from benchmarks.engine.bandwidth import READ_BYTES
-from benchmarks.engine.measure import Measured, Plan, measure
+from benchmarks.engine.measure import Keep, Measured, Plan, measure
 from benchmarks.engine.systems.client import Variant, variants_of
 from benchmarks.engine.workloads import BATCHES, PRUNED, SHARED_IMAGE, Prompts, workloads
 
@@ -67,7 +67,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def measure_model(model: str, arguments: argparse.Namespace, variants: Sequence[Variant], pictures: Path) -> Measured:
+def measure_model(
+    model: str, arguments: argparse.Namespace, variants: Sequence[Variant], pictures: Path, keep: Keep
+) -> Measured:
     """Make the checkpoint if need be, and measure all systems on it."""
     cache: Path = arguments.cache
     sees = model != SMOLLM
@@ -91,7 +93,9 @@ def measure_model(model: str, arguments: argparse.Namespace, variants: Sequence[
         _QUICK_READ_BYTES if arguments.quick else READ_BYTES,
     )
     prompts = Prompts(pictures, ids, image_token)
-    return measure(model, directory, variants, prompts, plan, logs=cache, say=lambda line: print(line, flush=True))
+    return measure(
+        model, directory, variants, prompts, plan, logs=cache, say=lambda line: print(line, flush=True), keep=keep
+    )
 
 
 @contextlib.contextmanager
@@ -116,6 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.rounds, arguments.tokens = 1, min(arguments.tokens, 4)
     models = (TINY,) if arguments.quick else tuple(arguments.model or (LLAVA, SMOLLM))
     began = time.monotonic()
+    plan = Plan(arguments.tokens, arguments.rounds, arguments.threads, ())
+    results: list[Measured] = []
+
+    def keep(measured: Measured) -> None:
+        """Write what there is: a run of an hour must not be lost with its last minute."""
+        report.write([*results, measured], plan, report.conditions(arguments.threads), arguments.out)
+
     try:
         variants = [
             variant
@@ -125,11 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         ]
         with cores(arguments.threads), tempfile.TemporaryDirectory() as pictures:
-            results = [measure_model(model, arguments, variants, Path(pictures)) for model in models]
+            for model in models:
+                measured = measure_model(model, arguments, variants, Path(pictures), keep)
+                results.append(measured)
     except RuntimeError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    plan = Plan(arguments.tokens, arguments.rounds, arguments.threads, ())
     print(report.write(results, plan, report.conditions(arguments.threads), arguments.out))
     print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
     return 0

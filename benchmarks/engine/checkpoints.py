@@ -38,7 +38,7 @@ class Shape:
     heads: int = 14
     kv_heads: int = 2
     inner: int = 4864
-    vocabulary: int = 151_936
+    vocabulary: int = 8_192
     context: int = 4096
     vision_hidden: int = 768
     vision_layers: int = 12
@@ -73,7 +73,7 @@ def llava(folder: Path, shape: Shape) -> Path:
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    directory = folder / f"llava-{shape.hidden}x{shape.layers}-{SEED}"
+    directory = folder / f"llava-{shape.hidden}x{shape.layers}-{shape.vocabulary}-{SEED}"
     if (directory / "done").is_file():
         return directory
     directory.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ _TRIAL_MARGIN: Final = 1.15
 _TRIAL_TOKENS: Final = 8
 
 Say = Callable[[str], None]
+Keep = Callable[["Measured"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,17 @@ class Measured:
 
 
 def measure(
-    model: str, directory: Path, variants: Sequence[Variant], prompts: Prompts, plan: Plan, *, logs: Path, say: Say
+    model: str,
+    directory: Path,
+    variants: Sequence[Variant],
+    prompts: Prompts,
+    plan: Plan,
+    *,
+    logs: Path,
+    say: Say,
+    keep: Keep,
 ) -> Measured:
-    """Start all variants on one checkpoint, try them, and measure those that may win.
+    """Start all variants on one checkpoint, try them, and measure those that may win; kept after each round.
 
     Raises:
         RuntimeError: a system does not start or fails at its work.
@@ -114,6 +123,7 @@ def measure(
                     result = system.run(prompts.jobs(workload, number, plan.tokens))
                     _note(measured, system.variant.name, workload, result)
                     say(_line(number, workload, system.variant, result))
+            keep(measured)
     return measured
 
 

@@ -22,7 +22,6 @@ from prismserve.kv_transfer.config import TransferConfig
 from prismserve.kv_transfer.hub import TransportHub
 from prismserve.kv_transfer.manifest import Expected
 from prismserve.kv_transfer.receiver import Receiver
-from prismserve.kv_transfer.sender import Outgoing
 from prismserve.kv_transfer.transports.base import Link, WriteHandle
 from prismserve.kv_transfer.wire import encode_probe
 
@@ -250,30 +249,3 @@ def measure(sizes: Sequence[int], transports: Sequence[str], *, raw: bool, round
                 connection.send("stop")
                 connection.recv()
     return samples
-
-
-def verified(transport: str, nbytes: int, rounds: int = 12) -> float:
-    """Median seconds from the first push of ``nbytes`` of KV until the receiver has verified and taken all of it.
-
-    This is the whole path: read, checksum, write, notify; copy out, checksum, hand to the sink, settle.
-    """
-    torch.set_num_threads(1)
-    tokens = nbytes // LAYOUT.token_layer_bytes
-    keys = torch.ones(tokens, LAYOUT.kv_heads, LAYOUT.head_dim)
-    times: list[float] = []
-    with process(serve_ours, transport) as (connection, (info, granted)):
-        reservation = granted
-        settings = config(transport)
-        arena = Arena(settings)
-        hub = TransportHub("source", arena, settings)
-        for _ in range(rounds):
-            began = time.perf_counter()
-            outgoing = Outgoing(hub, info, reservation, EXACT, LAYOUT)
-            outgoing.push(0, 0, keys, keys)
-            outgoing.finish(60)
-            times.append(time.perf_counter() - began)
-            connection.send("lease")
-            reservation = connection.recv()
-        hub.close()
-        arena.close()
-    return statistics.median(times[_WARM_UP:])

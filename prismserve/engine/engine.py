@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -363,8 +364,8 @@ class Engine:
         return CacheOwner(owner, prefix.share_of(owner))
 
     def held_blocks(self, keys: Items[BlockKey]) -> int:
-        """Length of the longest leading run of ``keys`` that is cached."""
-        return len(self._blocks.prefix.held_run(keys))
+        """How many leading ones of ``keys`` are cached now; a hint that may be asked for from any thread."""
+        return sum(1 for _ in takewhile(lambda key: self._blocks.prefix.full_block(key) is not None, keys))
 
     def adopt_blocks(
         self,

@@ -104,7 +104,8 @@ class Tiering:
         namespace = request.namespace if worker == "prefill" else request.wire_namespace
         slots = elements(request.prompt, request.resume_token_ids)
         keys = list(block_keys(namespace, slots, size))[: max(0, len(slots) - 1) // size]
-        plan = self._plan(keys, await runtime.on_engine(lambda engine: engine.held_blocks(keys)))
+        # Asked without waiting for the engine: a request that finds nothing here must not wait for a step to end.
+        plan = self._plan(keys, runtime.engine.held_blocks(keys))
         if not plan.worth_it:
             return
         try:

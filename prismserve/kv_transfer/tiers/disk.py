@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from prismserve.core.errors import ConfigurationError
-from prismserve.kv_transfer.tiers.base import Outcome, TierCounters, copy_hashed
-from prismserve.kv_transfer.tiers.eviction import Evictor, Label
+from prismserve.kv_transfer.tiers.base import Outcome, copy_hashed
+from prismserve.kv_transfer.tiers.eviction import Label
 from prismserve.kv_transfer.tiers.slab_file import SlabFile, SlotHeader
+from prismserve.kv_transfer.tiers.slots import Slots
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from prismserve.kv_transfer.tiers.config import TierConfig
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0
 
 
-class DiskTier:
+class DiskTier(Slots):
     """See :class:`prismserve.kv_transfer.tiers.base.BlockTier`.
 
     A read or write that fails drops that block. So many failures in a row that the drive must be taken for broken or
@@ -47,16 +46,9 @@ class DiskTier:
         if config.disk_path is None:
             message = "disk_path must be set for a file tier"
             raise ConfigurationError(message, field="tiers.disk_path")
-        self.block_bytes = block_bytes
-        self.counters = TierCounters()
-        self._lock = threading.Lock()
         self._table_lock = threading.Lock()
         self._failures = 0
         self._failures_max = config.disk_errors_max
-        self._slots: dict[bytes, int] = {}
-        self._checksums: dict[bytes, bytes] = {}
-        self._readers: dict[bytes, int] = {}
-        self._free: list[int] = []
         self._file: SlabFile | None = None
         self._retired: SlabFile | None = None
         self._buffers = config.io_threads
@@ -66,11 +58,11 @@ class DiskTier:
         except OSError as error:
             # A full drive must not keep a worker from serving.
             logger.warning("the disk tier is off: %s", error.strerror or error)
+            super().__init__(0, block_bytes, config.policy)
             self.counters.errors += 1
-            self._evictor = Evictor(0, config.policy)
             return
+        super().__init__(file.slots, block_bytes, config.policy)
         self._file = file
-        self._evictor = Evictor(file.slots, config.policy)
         for _ in range(config.io_threads):
             self._scratch.put(file.scratch())
         self._recover(file)
@@ -81,9 +73,7 @@ class DiskTier:
         for slot, header in sorted(headers.items(), key=lambda item: item[1].stamp):
             if header.key in self._slots:
                 continue
-            self._slots[header.key] = slot
-            self._checksums[header.key] = header.checksum
-            self._evictor.add(header.key, Label(header.owner, header.share, header.cost))
+            self._hold(header.key, slot, header.checksum, Label(header.owner, header.share, header.cost))
         taken = set(self._slots.values())
         self._free = [slot for slot in range(file.slots - 1, -1, -1) if slot not in taken]
 
@@ -91,29 +81,6 @@ class DiskTier:
     def enabled(self) -> bool:
         """False once the drive has failed too often, or could not be opened."""
         return self._file is not None
-
-    def __len__(self) -> int:
-        """Blocks held."""
-        return len(self._slots)
-
-    def __contains__(self, key: bytes) -> bool:
-        """Whether a block is held."""
-        return key in self._slots
-
-    def keys(self) -> list[bytes]:
-        """Keys held."""
-        with self._lock:
-            return self._evictor.keys()
-
-    def label(self, key: bytes) -> Label | None:
-        """What was said of a block when it was stored."""
-        with self._lock:
-            return self._evictor.label(key) if key in self._evictor else None
-
-    def touch(self, run: Sequence[bytes]) -> None:
-        """A run of blocks was used; the order is not written to the file until a block is."""
-        with self._lock:
-            self._evictor.touch(run)
 
     def put(self, key: bytes, block: torch.Tensor, label: Label) -> list[bytes]:
         """Store a block; see the protocol. Only one thread may store at a time."""
@@ -150,59 +117,44 @@ class DiskTier:
             self._failures = 0
             if self._file is not file:
                 return evicted
-            self._slots[key] = slot
-            self._checksums[key] = digest
-            self._evictor.add(key, label)
-            self.counters.stored += 1
-            self.counters.written_bytes += self.block_bytes
-            self.counters.written_s += time.perf_counter() - started
+            self._hold(key, slot, digest, label)
+            self._count_write(time.perf_counter() - started)
         return evicted
 
     def get(self, key: bytes, target: torch.Tensor) -> Outcome:
         """Copy a block out; see the protocol. As many threads as ``io_threads`` read at one time."""
         started = time.perf_counter()
         file = self._file
-        with self._lock:
-            slot = self._slots.get(key)
-            if slot is None or file is None:
-                self.counters.misses += 1
-                return Outcome.MISSING
-            self._readers[key] = self._readers.get(key, 0) + 1
-            expected = self._checksums[key]
+        held = self._begin_read(key)
+        if held is None or file is None:
+            return Outcome.MISSING
+        slot, expected = held
         scratch = self._scratch.get()
         failure: OSError | None = None
-        found = False
+        intact = False
         try:
             file.read(slot, scratch)
         except OSError as error:
             failure = error
         else:
-            found = copy_hashed(scratch[: self.block_bytes], target) == expected
+            intact = copy_hashed(scratch[: self.block_bytes], target) == expected
         finally:
             self._scratch.put(scratch)
         with self._lock:
-            self._readers[key] -= 1
-            if not self._readers[key]:
-                del self._readers[key]
+            self._end_read(key)
+            if intact:
+                self._failures = 0
+                self._count_read(time.perf_counter() - started)
+                return Outcome.FOUND
+            if failure is None:
+                self._failures = 0
+                self._retire(key)
         if failure is not None:
             self.drop(key)
             self._failed(failure)
             return Outcome.FAILED
-        with self._lock:
-            self._failures = 0
-            if not found:
-                self.counters.corrupt += 1
-                if key in self._slots:
-                    self._forget(key)
-                    self._evictor.capacity -= 1
-            else:
-                self.counters.hits += 1
-                self.counters.read_bytes += self.block_bytes
-                self.counters.read_s += time.perf_counter() - started
-        if not found:
-            self._clear_header(file, slot)
-            return Outcome.CORRUPT
-        return Outcome.FOUND
+        self._clear_header(file, slot)
+        return Outcome.CORRUPT
 
     def drop(self, key: bytes) -> None:
         """Forget a block."""
@@ -234,9 +186,7 @@ class DiskTier:
         """Hold and take nothing any more; the file stays open for reads and writes under way."""
         with self._lock:
             self._retired, self._file = self._file or self._retired, None
-            self._slots.clear()
-            self._checksums.clear()
-            self._evictor = Evictor(0, "lru")
+            self._clear()
 
     def _clear_header(self, file: SlabFile, slot: int) -> None:
         try:
@@ -256,8 +206,3 @@ class DiskTier:
         if broken:
             logger.warning("the disk tier is off after %d failures: %s", self._failures, error.strerror or error)
             self._give_up()
-
-    def _forget(self, key: bytes) -> int:
-        del self._checksums[key]
-        self._evictor.remove(key)
-        return self._slots.pop(key)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import mmap
-import threading
 import time
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from prismserve.core.errors import ConfigurationError
-from prismserve.kv_transfer.tiers.base import Outcome, TierCounters, aligned, copy_hashed
-from prismserve.kv_transfer.tiers.eviction import Evictor, Label
+from prismserve.kv_transfer.tiers.base import Outcome, aligned, copy_hashed
+from prismserve.kv_transfer.tiers.slots import Slots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from prismserve.kv_transfer.tiers.config import TierConfig
+    from prismserve.kv_transfer.tiers.eviction import Label
 
 
-class HostTier:
+class HostTier(Slots):
     """See :class:`prismserve.kv_transfer.tiers.base.BlockTier`.
 
     A block that is being read keeps its slot until the reader is done; one that fails its checksum takes its slot out
@@ -42,46 +42,16 @@ class HostTier:
         block_bytes: int,
         on_evict: Callable[[bytes, torch.Tensor, Label], None] | None = None,
     ) -> None:
-        self.block_bytes = block_bytes
-        self.counters = TierCounters()
         self._on_evict = on_evict
         self._slot_bytes = aligned(block_bytes)
         slots = config.host_bytes // self._slot_bytes
-        self._evictor = Evictor(slots, config.policy)
-        self._lock = threading.Lock()
-        self._slots: dict[bytes, int] = {}
-        self._checksums: dict[bytes, bytes] = {}
-        self._readers: dict[bytes, int] = {}
         self._memory = _map(slots * self._slot_bytes) if slots else torch.empty(0, dtype=torch.uint8)
-        self._free = list(range(slots - 1, -1, -1))
+        super().__init__(slots, block_bytes, config.policy)
 
     @property
     def enabled(self) -> bool:
         """Whether it has any slot."""
         return self._evictor.capacity > 0
-
-    def __len__(self) -> int:
-        """Blocks held."""
-        return len(self._slots)
-
-    def __contains__(self, key: bytes) -> bool:
-        """Whether a block is held."""
-        return key in self._slots
-
-    def keys(self) -> list[bytes]:
-        """Keys held."""
-        with self._lock:
-            return self._evictor.keys()
-
-    def label(self, key: bytes) -> Label | None:
-        """What was said of a block when it was stored."""
-        with self._lock:
-            return self._evictor.label(key) if key in self._evictor else None
-
-    def touch(self, run: Sequence[bytes]) -> None:
-        """A run of blocks was used."""
-        with self._lock:
-            self._evictor.touch(run)
 
     def put(self, key: bytes, block: torch.Tensor, label: Label) -> list[bytes]:
         """Store a block; see the protocol. Only one thread may store at a time."""
@@ -104,74 +74,45 @@ class HostTier:
             slot = self._free.pop()
         digest = copy_hashed(block, self._view(slot))
         with self._lock:
-            self._slots[key] = slot
-            self._checksums[key] = digest
-            self._evictor.add(key, label)
-            self.counters.stored += 1
-            self.counters.written_bytes += self.block_bytes
-            self.counters.written_s += time.perf_counter() - started
+            self._hold(key, slot, digest, label)
+            self._count_write(time.perf_counter() - started)
         return evicted
 
     def get(self, key: bytes, target: torch.Tensor) -> Outcome:
         """Copy a block out; see the protocol."""
         started = time.perf_counter()
+        held = self._begin_read(key)
+        if held is None:
+            return Outcome.MISSING
+        slot, expected = held
+        intact = copy_hashed(self._view(slot), target) == expected
         with self._lock:
-            slot = self._slots.get(key)
-            if slot is None:
-                self.counters.misses += 1
-                return Outcome.MISSING
-            self._readers[key] = self._readers.get(key, 0) + 1
-            expected = self._checksums[key]
-        found = copy_hashed(self._view(slot), target) == expected
-        with self._lock:
-            self._readers[key] -= 1
-            if not self._readers[key]:
-                del self._readers[key]
-            if not found:
-                self.counters.corrupt += 1
-                if key in self._slots:
-                    # The slot is not given back: it stays out of service.
-                    self._forget(key)
-                    self._evictor.capacity -= 1
+            self._end_read(key)
+            if not intact:
+                self._retire(key)
                 return Outcome.CORRUPT
-            self.counters.hits += 1
-            self.counters.read_bytes += self.block_bytes
-            self.counters.read_s += time.perf_counter() - started
+            self._count_read(time.perf_counter() - started)
             return Outcome.FOUND
 
     def drop(self, key: bytes) -> None:
         """Forget a block."""
         with self._lock:
-            slot = self._slots.get(key)
-            if slot is not None and key not in self._readers:
-                self._forget(key)
-                self._free.append(slot)
+            if key in self._slots and key not in self._readers:
+                self._free.append(self._forget(key))
 
     def close(self) -> None:
         """Hold nothing; the memory is unmapped when the last view of it is gone."""
         with self._lock:
-            for key in list(self._slots):
-                self._forget(key)
-            self._free.clear()
-            self._evictor.capacity = 0
+            self._clear()
             self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _evict(self, key: bytes) -> bool:
+        """Give a block's slot back unless it came to be read meanwhile; whether a slot is free now."""
         with self._lock:
-            slot = self._slots.get(key)
-            if slot is None:
-                return bool(self._free)
-            if key in self._readers:
-                return False
-            self._forget(key)
-            self._free.append(slot)
-            self.counters.evicted += 1
-            return True
-
-    def _forget(self, key: bytes) -> None:
-        if self._slots.pop(key, None) is not None:
-            del self._checksums[key]
-            self._evictor.remove(key)
+            if key in self._slots and key not in self._readers:
+                self._free.append(self._forget(key))
+                self.counters.evicted += 1
+            return bool(self._free)
 
     def _view(self, slot: int) -> torch.Tensor:
         start = slot * self._slot_bytes
