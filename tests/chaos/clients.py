@@ -24,6 +24,11 @@ def request(host: str, body: str) -> bytes:
     return f"{head}Content-Length: {len(body.encode())}\r\nConnection: close\r\n\r\n{body}".encode()
 
 
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 async def hold(host: str, port: int, count: int, body: str) -> None:
     begun = asyncio.Semaphore(0)
 
@@ -44,7 +49,7 @@ async def hold(host: str, port: int, count: int, body: str) -> None:
             await asyncio.sleep(0.05)
     for _ in range(count):
         await begun.acquire()
-    print("streaming", flush=True)
+    say("streaming")
     await asyncio.gather(*tasks)
 
 
@@ -102,7 +107,7 @@ async def load(host: str, port: int, grpc_port: int, count: int, rate: float, bo
             await asyncio.sleep(max(0.0, began_s + number / rate - time.monotonic()))
             work = over_grpc(stub, prompt) if number % 2 else over_http(host, port, body)
             tasks.append(asyncio.create_task(work))
-        print(json.dumps(await asyncio.gather(*tasks)), flush=True)
+        say(json.dumps(await asyncio.gather(*tasks)))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ def living(world: Any, role: str = "") -> list[Any]:
 
 async def forgotten(world: Any, victim: Any) -> None:
     """The index no longer knows the worker, and what the cluster shares is still there."""
-    await until(lambda: not any(victim.worker_id in key for key in world.keys()), 15, "keys of a dead worker stay")
-    assert {"incarnation", "epoch", "workers", "events"} <= kinds(world.keys())
+    await until(
+        lambda: not any(victim.worker_id in key for key in world.index_keys()), 15, "keys of a dead worker stay"
+    )
+    assert {"incarnation", "epoch", "workers", "events"} <= kinds(world.index_keys())
 
 
 async def arm(workers: list[Any], number: str, layer: int, folder: Path) -> None:

@@ -115,7 +115,7 @@ class ProcessWorld(World):
     def worker(self, worker_id: str) -> Any:
         return next(worker for worker in self.workers if worker.worker_id == worker_id)
 
-    def keys(self) -> set[str]:
+    def index_keys(self) -> set[str]:
         """Names of this cluster's keys at the index server."""
         with redis.Redis.from_url(self.url) as connection:
             return {name.decode().rpartition("}:")[2] for name in connection.keys(f"prismserve:{{{self.cluster}}}:*")}

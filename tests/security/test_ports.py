@@ -88,7 +88,7 @@ def listening() -> list[int]:
 
 async def unharmed(world: Any, canary: Path) -> None:
     (worker,) = world.workers
-    assert not canary.exists()
+    assert not os.path.lexists(canary)
     worker.check()
     token_ids, usage = await ask(world, call_of(SCENE))
     assert token_ids == world.expected
