@@ -22,6 +22,7 @@ from prismserve.core.types import (
 )
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol import worker_pb2_grpc as rpc
+from prismserve.protocol.channel import SERVER_OPTIONS
 from prismserve.protocol.convert import stats_to_proto, token_output_to_proto
 
 LAYOUT = KVLayout("float32", 6, 2, 64, 16)
@@ -85,7 +86,7 @@ class ScriptedWorker(rpc.WorkerServicer):
         self._numbers = {}
 
     async def start(self):
-        self.server = grpc.aio.server(options=[("grpc.max_receive_message_length", 128 << 20)])
+        self.server = grpc.aio.server(options=list(SERVER_OPTIONS))
         rpc.add_WorkerServicer_to_server(self, self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()

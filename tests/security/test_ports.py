@@ -31,10 +31,10 @@ from tests.worker_runtime.conftest import SECRET
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SCENE = 10_001_600
 METHODS = tuple(
-    f"/prismserve.v1.{service}/{method}"
+    f"/prismserve.{service}/{method}"
     for service, methods in (
-        ("Inference", ("Generate", "ListModels", "GetStatus")),
-        ("Worker", ("Session", "Reserve", "Commit", "Push")),
+        ("v1.Inference", ("Generate", "ListModels", "GetStatus")),
+        ("worker.v1.Worker", ("Session", "Reserve", "Commit", "Push")),
     )
     for method in methods
 )
@@ -86,9 +86,13 @@ def listening() -> list[int]:
     )
 
 
+def sang(canary: Path) -> bool:
+    return canary.exists()
+
+
 async def unharmed(world: Any, canary: Path) -> None:
     (worker,) = world.workers
-    assert not os.path.lexists(canary)
+    assert not sang(canary)
     worker.check()
     token_ids, usage = await ask(world, call_of(SCENE))
     assert token_ids == world.expected
@@ -100,7 +104,7 @@ async def unharmed(world: Any, canary: Path) -> None:
 async def test_a_pickle_on_any_port_is_dropped(world: Any, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     pickle.loads(pickle.dumps(Canary(canary)))
-    assert canary.exists(), "the canary would sing"
+    assert sang(canary), "the canary would sing"
     canary.rmdir()
     ports = listening()
     assert {world.doors.http_port, world.doors.grpc_port} < set(ports)
