@@ -143,3 +143,22 @@ async def test_what_shows_the_whole_cluster_asks_for_an_admins_key(start_cluster
         assert_tells_nothing(answer.text)
         refused = await cluster.http.get(path, headers=bearer(ACME))
         assert "prismserve:" not in refused.text
+
+
+async def test_an_unexpected_error_shows_nothing_at_either_door(start_cluster, monkeypatch):
+    cluster = await start_cluster(("decode",))
+
+    async def broken(call):
+        raise KeyError("/work/secret/model.py, line 7, at 10.0.0.1:6379, object 0x7f0012345678")
+
+    monkeypatch.setattr(cluster.service._builder, "build", broken)
+    for answer in (
+        await http(cluster, user(text("What is left?"))),
+        await http(cluster, user(text("What is left?"), stream=True)),
+        await over_grpc(cluster, pb.GenerateRequest(prompt="the red")),
+    ):
+        assert answer.status == 500
+        assert "internal error" in answer.message
+        assert "secret" not in answer.message
+    monkeypatch.undo()
+    await serves_on(cluster)
