@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,7 +105,9 @@ class Shuffle:
 
 
 @pytest.mark.parametrize(
-    ("number", "change"), enumerate([lose_every_other, repeat, Shuffle()]), ids=["drop", "duplicate", "reorder"]
+    ("number", "change"),
+    [(0, lose_every_other), (1, repeat), (2, Shuffle())],
+    ids=["drop", "duplicate", "reorder"],
 )
 async def test_lost_repeated_and_shuffled_notifications_change_nothing(
     world: Any, monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[list[bytes]], list[bytes]]
@@ -129,25 +132,28 @@ async def test_lost_repeated_and_shuffled_notifications_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("number", "fault", "counted"),
-    [(0, Flip(), True), (1, Torn(), True), (2, Lost(told=True), True), (3, Lost(told=False), True)],
+    ("number", "make"),
+    [(0, Flip), (1, Torn), (2, partial(Lost, told=True)), (3, partial(Lost, told=False))],
     ids=["one bit flipped", "half a chunk", "a chunk lost", "a chunk and its notification lost"],
 )
 async def test_damage_is_found_before_use_counted_and_recomputed(
-    world: Any, monkeypatch: pytest.MonkeyPatch, number: int, fault: Fault, counted: bool
+    world: Any, monkeypatch: pytest.MonkeyPatch, number: int, make: Callable[[], Fault]
 ) -> None:
     """Decode starts only after a complete, verified manifest: the damaged attempt never becomes an answer."""
     scene = SCENE + 10 + number
     expected = await undisturbed(world, scene)
     prefill, decode = world.workers
     failures = decode.receiver.stats.checksum_failures
-    fault.met, fault.writes = False, 0
+    # Or the bytes of the undisturbed run, which are the right ones, might still lie where the lost ones should be.
+    await nothing_held(world)
+    decode.hub.arena.memory[: decode.hub.arena.landing_bytes].fill_(0x5A)
+    fault = make()
     put(world, fault, monkeypatch)
     token_ids, usage = await ask(world, call_of(scene))
     assert fault.met
     assert token_ids == expected
     assert usage.attempts == 2
-    assert (decode.receiver.stats.checksum_failures > failures) is counted
+    assert decode.receiver.stats.checksum_failures > failures
     assert prefill.stats().transfer_failures > 0
     await nothing_held(world)
     monkeypatch.undo()
