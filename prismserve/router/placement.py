@@ -11,7 +11,7 @@ from prismserve.core.types import RouteDecision, WorkerState
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol.convert import request_to_proto
 from prismserve.router.mailbox import Mailbox
-from prismserve.router.policy import CacheView, LoadView, RequestView, place
+from prismserve.router.policy import DECODES, CacheView, LoadView, RequestView, place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,9 +111,12 @@ class Placer:
                 session.send_if_room(cancel)
 
     def _workers(self, avoid: frozenset[str]) -> list[WorkerInfo]:
+        """Candidates. Where nobody else decodes, a worker that failed may, but not with a prefill worker that did."""
         known = [session.current for session in self._pool.sessions if session.state in _SHARING]
         rest = [info for info in known if info.worker_id not in avoid]
-        return rest or known
+        if any(info.role in DECODES and info.state is WorkerState.READY for info in rest):
+            return rest
+        return [info for info in known if info.role in DECODES or info.worker_id not in avoid]
 
     def _near(self, near: str | None, avoid: frozenset[str]) -> RouteDecision | None:
         ready = (session.info.worker_id for session in self._pool.sessions if session.state is WorkerState.READY)
@@ -141,12 +144,7 @@ class Placer:
         wire = exact if wire_keys == keys else self._mirror.longest(wire_keys)
         images = tuple(self._mirror.holders(key) for key in prepared.image_keys)
         cache = CacheView(exact, wire, images)
-        try:
-            return place(view, self._workers(avoid), cache, load, self._config)
-        except WorkerUnavailableError:
-            if not avoid:
-                raise
-            return place(view, self._workers(frozenset()), cache, load, self._config)
+        return place(view, self._workers(avoid), cache, load, self._config)
 
     def _messages(self, decision: RouteDecision, request: Request) -> Sequence[tuple[str, pb.Submit]]:
         message = request_to_proto(request)

@@ -143,7 +143,6 @@ async def test_a_prefill_worker_suspended_in_mid_transfer_is_fenced(
     victim.send_signal(signal.SIGCONT)
     after_wake = (await other)[0]
     await until(lambda: _has_newer_epoch(victim, before["epoch"]), 10)
-    assert (await victim.state())["failures"] == before["failures"] + 1
     await returns_to_baseline(*living(world))
     await world.wait_connected(3)
     assert await baseline(world, SCENE + 3) == after_wake

@@ -64,9 +64,9 @@ def install(fault: Fault) -> None:
 
 
 async def state(runtime: WorkerRuntime) -> dict[str, Any]:
-    stats, receiver = runtime.stats(), runtime.receiver.stats
     # Raises, and so ends the process, if blocks were lost.
     await runtime.on_engine(lambda engine: engine.check_integrity())
+    stats, receiver = runtime.stats(), runtime.receiver.stats
     return {
         "whole": True,
         "epoch": runtime.info.epoch,
@@ -80,7 +80,7 @@ async def state(runtime: WorkerRuntime) -> dict[str, Any]:
         "landing": 0 if runtime.landing is None else runtime.landing.waiting,
         "prefill_tokens": stats.prefill_tokens,
         "decode_tokens": stats.decode_tokens,
-        "failures": stats.transfer_failures,
+        "step_ms": stats.step_ms,
     }
 
 
