@@ -48,7 +48,8 @@ def indexed(world: World) -> bool:
     """Whether the router knows of every block and image that the workers hold."""
     mirror = world.router.mirror
     return mirror.synced and all(
-        mirror.key_count(worker.info.worker_id) == len(worker._held) for worker in world.workers
+        mirror.key_count(worker.info.worker_id) == len(set().union(*worker._held_keys().values()))
+        for worker in world.workers
     )
 
 
