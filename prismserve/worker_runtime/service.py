@@ -86,8 +86,8 @@ class WorkerService(WorkerServicer):
             self._runtime.sessions.deliver([failure(ref, EngineError("internal error in the worker"))])
 
     async def _cancel(self, ref: sessions.RequestRef) -> None:
-        # At once: each waits for the engine's step to end, and one after the other would wait for as many steps.
-        await asyncio.gather(*(handler.cancel(ref) for handler in self._runtime.handlers))
+        for handler in self._runtime.handlers:
+            await handler.cancel(ref)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -96,9 +96,9 @@ async def test_a_thousand_clients_that_leave_in_mid_stream_free_everything_withi
             share = share_of_a_core()
             crowd.send_signal(signal.SIGKILL)
             left_s = time.monotonic()
-            await until(lambda: not world.router.admission.running and not connections(doors), 5)
+            await until(lambda: not world.router.admission.running and not connections(doors), 30)
             router_s = time.monotonic() - left_s
-            await returns_to_baseline(worker, timeout_s=5)
+            await returns_to_baseline(worker, timeout_s=30)
             all_s = time.monotonic() - left_s
         finally:
             crowd.kill()
