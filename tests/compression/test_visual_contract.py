@@ -23,7 +23,8 @@ def spec_of(name, **params):
 def test_the_folder_holds_the_methods_the_presets_and_benchmarks_name():
     controls = {"none", "random", "uniform", "pool", "cls_topk"}
     image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome"}
-    assert controls | image <= set(METHODS)
+    video = {"chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "vqtoken"}
+    assert controls | image | video <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
