@@ -16,6 +16,7 @@ from prismserve.compression.loader import encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.questioning import QuestionAttention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,10 +130,13 @@ class VisionPipeline:
         raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
         visible = image.tokens if raster is None else image.tokens[raster]
         needs = visual_method(spec.name).needs
-        text = None
-        if Need.TEXT_EMBEDDINGS in needs:
+        text = asked = None
+        if {Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION} & needs:
             ids = torch.tensor(scoring_token_ids, dtype=torch.int64, device=self._model.device)
             text = self._model.decoder.embed(ids)
+        if text is not None and Need.QUESTION_ATTENTION in needs:
+            slots = self._model.project(image.tokens)
+            asked = QuestionAttention(self._model.decoder, layout, slots, image.deepstack, text)
         return VisualFeatures(
             tokens=visible,
             grid=image.grid,
@@ -141,7 +145,8 @@ class VisionPipeline:
             keys=_rows(image.keys, raster),
             frames=layout.frames,
             projected=self._model.project(visible) if Need.PROJECTED in needs else None,
-            text=text,
+            text=text if Need.TEXT_EMBEDDINGS in needs else None,
+            asked=asked,
         )
 
 

@@ -23,7 +23,7 @@ def spec_of(name, **params):
 def test_the_folder_holds_the_methods_the_presets_and_benchmarks_name():
     controls = {"none", "random", "uniform", "pool", "cls_topk"}
     image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome"}
-    video = {"chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "vqtoken"}
+    video = {"chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "vqtoken", "flexselect"}
     assert controls | image | video <= set(METHODS)
 
 
@@ -38,7 +38,7 @@ def test_declarations_are_complete_and_the_name_is_the_file(name):
     assert method.section
     assert bool(method.source) == (method.section != "control")
     assert isinstance(method.training_free, bool)
-    asks = bool({Need.TEXT_EMBEDDINGS, Need.TEXT_TOWER} & method.needs)
+    asks = bool({Need.TEXT_EMBEDDINGS, Need.TEXT_TOWER, Need.QUESTION_ATTENTION} & method.needs)
     assert method.share is (Share.QUERY if asks else Share.AGNOSTIC)
     assert method.Config().model_config["frozen"]
 
@@ -125,7 +125,7 @@ def test_features_without_direction_are_survived(name, make_features):
 @pytest.mark.parametrize("name", [n for n in METHODS if loader.visual_method(n).needs])
 def test_a_missing_need_is_named(name, make_features):
     method, features = loader.visual_method(name), make_features(50)
-    fields = ("cls_attention", "keys", "projected", "text", "aligned", "aligned_text")
+    fields = ("cls_attention", "keys", "projected", "text", "asked", "aligned", "aligned_text")
     bare = dataclasses.replace(features, **dict.fromkeys(fields))
     with pytest.raises(EngineError, match=name) as caught:
         apply_visual(bare, spec_of(name))
@@ -148,6 +148,7 @@ def test_a_method_uses_only_what_it_needs(name, make_features):
         "keys": Need.ENCODER_KEYS,
         "projected": Need.PROJECTED,
         "text": Need.TEXT_EMBEDDINGS,
+        "asked": Need.QUESTION_ATTENTION,
         "aligned": Need.TEXT_TOWER,
         "aligned_text": Need.TEXT_TOWER,
     }
