@@ -76,8 +76,9 @@ class LongVU(Reducing):
 
 def repetition(frames: torch.Tensor, window: int) -> torch.Tensor:
     """[T] mean cosine of each of the frames [T, F] with the others of its window; minus infinity of a window's middle."""
-    parts = []
-    for part in functional.normalize(frames, dim=-1).split(window):
+    unit, parts = functional.normalize(frames, dim=-1), []
+    for first in range(0, unit.shape[0], window):
+        part = unit[first : first + window]
         count = part.shape[0]
         alike = part @ part.T
         mean = (alike.sum(1) - alike.diagonal()) / max(1, count - 1)
