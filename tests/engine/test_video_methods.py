@@ -23,7 +23,7 @@ VIDEO = clip(4, 70, 40, (0, 9, 21, 30, 44))
 TOKENS = 6
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+@pytest.fixture(scope="module", params=["qwen3_vl", "llava_onevision"])
 def ours(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     SPECIMENS[request.param].save(path, 0)
