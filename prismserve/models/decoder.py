@@ -95,11 +95,22 @@ class DecoderLayer(nn.Module):
         q, k = self._rotated(qkv[:, :rotated], rotary[self.rotary_kind])
         return q, k, qkv[:, rotated:]
 
-    def forward(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+    def forward(
+        self,
+        index: int,
+        x: torch.Tensor,
+        rotary: Rotary,
+        attention: AttentionBackend,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, D] to [T, D], or to [R, D] of the ``rows`` asked for."""
         tokens = x.shape[0]
         q, k, v = self.project(x, rotary)
         attended = attention.attend(index, q, k, v).reshape(tokens, -1)
+        if rows is not None:
+            attended, x = attended[rows], x[rows]
+            if rows.shape[0] == 0:
+                return x
         if self.attended_norm is None:
             x = self.output.forward(attended, residual=x)
         else:
@@ -220,10 +231,26 @@ class Decoder(nn.Module):
             return angles, angles
         return angles, position_angles(positions, self.local_frequencies, self.position_components)
 
-    def layer(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
-        """Run one layer: [T, D] to [T, D]."""
+    def layer(
+        self,
+        index: int,
+        x: torch.Tensor,
+        rotary: Rotary,
+        attention: AttentionBackend,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run one layer: [T, D] to [T, D].
+
+        Args:
+            index: of the layer.
+            x: [T, D].
+            rotary: of :meth:`rotary`.
+            attention: gets the keys and values of all T.
+            rows: [R] int64, the rows of the result that are wanted, where it is not all: the last layer's other rows
+                are nobody's input, and most of a layer is what comes after its attention. The result is [R, D].
+        """
         block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
-        return block.forward(index, x, rotary, attention)
+        return block.forward(index, x, rotary, attention, rows)
 
     def project(self, index: int, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values that a layer would compute of its input [T, D], without running it."""
