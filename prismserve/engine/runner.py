@@ -61,6 +61,7 @@ class ModelRunner:
         self._graphs = graphs
         self._model = model
         self._pool = pool
+        self._stack = model.decoder.stack()
         self._offsets = torch.arange(pool.block_tokens)
 
     def run(self, items: Sequence[RunItem], layer_done: Callable[[int], None] | None) -> torch.Tensor:
@@ -83,8 +84,13 @@ class ModelRunner:
         attention = self._attention(items, slots, stages)
         rotary = decoder.rotary(positions)
         taps = attention if isinstance(attention, TappedAttention) else None
-        last, rows = decoder.config.layers - 1, None
-        for layer in range(last + 1):
+        last, rows, first = decoder.config.layers - 1, None, 0
+        whole = layer_done is None and deepstack is None
+        if self._stack is not None and whole and isinstance(attention, PagedAttention) and attention.stacks():
+            rows = _sampled_rows(items, last, x)
+            first = last if rows is not None else last + 1
+            x = attention.run_stack(self._stack, x, rotary[0], first)
+        for layer in range(first, last + 1):
             if stages:
                 x, positions, angles = enter_layer(layer, x, positions, stages, decoder, self._pool)
                 rotary = rotary if angles is None else angles
@@ -93,14 +99,14 @@ class ModelRunner:
             if taps is not None:
                 taps.enter(layer, x)
             deep = deepstack if layer < decoder.config.deepstack_layers else None
-            if layer == last and deep is None:
+            if layer == last and deep is None and rows is None:
                 rows = _sampled_rows(items, last, x)
             x = decoder.layer(layer, x, rotary, attention, rows)
             if deep is not None:
                 x = x.index_add(0, deep[0], deep[1][layer])
             if layer_done is not None:
                 layer_done(layer)
-        if rows is None:
+        if rows is None and first == 0:
             rows = _sampled_rows(items, last, x)
             x = x if rows is None else x[rows]
         return decoder.logits(x)

@@ -39,6 +39,7 @@ _FUNCTIONS: Final = {
     "rotary": "pnnnnppnppnfi",
     "attend": "pipnnnpnnpnpppnfppi",
     "write_kv": "pipnnnpnpnpn",
+    "layers": "pnipfpnpppipnppnpppnfpppi",
 }
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}
