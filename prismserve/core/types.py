@@ -430,6 +430,7 @@ class WorkerStats:
     """The one stats record every worker reports, for status, routing and autoscaling."""
 
     worker_id: str = ""
+    threads: int = 0
     waiting: int = 0
     running: int = 0
     kv_blocks_total: int = 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from grpc import aio
 
+from prismserve.core.cores import share_of, visible_cores
 from prismserve.core.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -113,7 +114,8 @@ class WorkerRuntime:
         """Load the model and build the engine; ModelLoadError or ConfigurationError say why not."""
         config = self.config
         self._loop = asyncio.get_running_loop()
-        torch.set_num_threads(config.threads)
+        # Native kernels take their number from here, and share PyTorch's pool.
+        torch.set_num_threads(config.threads or share_of(visible_cores(), config.node_workers))
         set_native(on=config.engine.native_kernels)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.engine.image_cache.on_change = self._on_image
@@ -342,6 +344,7 @@ class WorkerRuntime:
         return dataclasses.replace(
             self.engine.stats(),
             worker_id=self.info.worker_id,
+            threads=torch.get_num_threads(),
             transfers=counters.transfers,
             transfer_bytes=counters.sent_bytes,
             transfer_raw_bytes=counters.raw_bytes,
