@@ -16,6 +16,8 @@ from prismserve.compression.loader import encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.questioning import QuestionAttention
+from prismserve.models.text_tower import TextTower
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,10 +38,15 @@ class VisionPipeline:
     """
 
     def __init__(self, model: VisionLanguageModel, processor: Processor, cache: ImageCache) -> None:
-        """Encode with ``model``; results are shared through ``cache``."""
+        """Encode with ``model``; results are shared through ``cache``.
+
+        Raises:
+            ModelLoadError: the checkpoint's text tower cannot be loaded.
+        """
         self._model = model
         self._processor = processor
         self._cache = cache
+        self._tower = None if processor.text_tower is None else TextTower(processor.text_tower, model.device)
         self.encoded = 0
 
     def inputs(self, media: Sequence[MediaInput], index: int) -> ImageInputs:
@@ -96,7 +103,7 @@ class VisionPipeline:
             if reducible is None or needs - reducible:
                 message = f"visual method {spec.name!r} cannot act on the {kind} tokens of this model"
                 raise InvalidRequestError(message, field="compression.visual")
-        encoded = self._model.encode_images(inputs, needs)
+        encoded = self._model.encode_images(inputs, needs - {str(Need.TEXT_TOWER)})
         if len(encoded) != len(keys):
             message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
             raise EngineError(message)
@@ -129,10 +136,17 @@ class VisionPipeline:
         raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
         visible = image.tokens if raster is None else image.tokens[raster]
         needs = visual_method(spec.name).needs
-        text = None
-        if Need.TEXT_EMBEDDINGS in needs:
+        text = asked = None
+        if {Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION} & needs:
             ids = torch.tensor(scoring_token_ids, dtype=torch.int64, device=self._model.device)
             text = self._model.decoder.embed(ids)
+        if text is not None and Need.QUESTION_ATTENTION in needs:
+            slots = self._model.project(image.tokens)
+            asked = QuestionAttention(self._model.decoder, layout, slots, image.deepstack, text)
+        aligned = aligned_text = None
+        if self._tower is not None and Need.TEXT_TOWER in needs:
+            aligned = self._tower.patches(visible)
+            aligned_text = self._tower.text(self._processor.decode(scoring_token_ids))
         return VisualFeatures(
             tokens=visible,
             grid=image.grid,
@@ -141,7 +155,10 @@ class VisionPipeline:
             keys=_rows(image.keys, raster),
             frames=layout.frames,
             projected=self._model.project(visible) if Need.PROJECTED in needs else None,
-            text=text,
+            text=text if Need.TEXT_EMBEDDINGS in needs else None,
+            asked=asked,
+            aligned=aligned,
+            aligned_text=aligned_text,
         )
 
 

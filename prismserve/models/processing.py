@@ -15,11 +15,12 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.hashing import canonical_json, digest
 from prismserve.core.types import MediaKind
-from prismserve.models.base import ImageInputs, VideoFamily
+from prismserve.models.base import NEED_CLS_ATTENTION, ImageInputs, VideoFamily
 from prismserve.models.checkpoint import read_checkpoint, read_json
 from prismserve.models.detokenizer import IncrementalDetokenizer
 from prismserve.models.images import CheckpointTools
 from prismserve.models.placing import Framed, ImageSlot, MediaSlot, VideoSlot, place, slotted
+from prismserve.models.text_tower import NEED_TEXT_TOWER, text_tower_directory, text_tower_fingerprint
 from prismserve.models.tokenization import GuardedTokenizer
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class Processor:
         placeholder_ids: tokens that stand for images and videos, in token ids or in a template.
         max_model_len: usable context in tokens.
         vocab_size: width of the model's logits; may exceed the tokenizer's vocabulary.
-        fingerprint: 32 bytes over all that decides which pixels an image becomes, and how many tokens.
+        fingerprint: 32 bytes over all that decides which pixels an image becomes, how many tokens, and what is compared
+            with them.
+        text_tower: folder of the text tower beside the model, if it has one that fits its encoder.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: TokenizersBackend) -> None:
@@ -79,6 +82,9 @@ class Processor:
         self.placeholder_ids = self._placeholder_ids()
         self._guarded = GuardedTokenizer(tokenizer, self._spellings())
         self._template = _chat_template(checkpoint.directory, tokenizer)
+        # Only an encoder that gives its class token's attention is one whose layers are known here, so CLIP's own.
+        native = self._image is not None and NEED_CLS_ATTENTION in (self._image.reducible or ())
+        self.text_tower = text_tower_directory(checkpoint.directory) if native else None
         self.fingerprint = self._fingerprint()
 
     @classmethod
@@ -120,7 +126,8 @@ class Processor:
         directory = self._checkpoint.directory
         files = {name: read_json(directory / name) for name in _IMAGE_FILES if (directory / name).is_file()}
         size = [self._image.height_px, self._image.width_px, *self._image.grid]
-        return digest("processor", canonical_json(files), canonical_json(size))
+        tower = () if self.text_tower is None else (text_tower_fingerprint(self.text_tower),)
+        return digest("processor", canonical_json(files), canonical_json(size), *tower)
 
     @functools.cached_property
     def _recipe(self) -> ImageRecipe:
@@ -206,8 +213,10 @@ class Processor:
 
     def reducible_of(self, kind: MediaKind) -> frozenset[str] | None:
         """The same for images or videos."""
-        shape = self._image if kind is MediaKind.IMAGE else self._video
-        return shape.reducible if shape else None
+        if kind is MediaKind.VIDEO:
+            return self._video.reducible if self._video else None
+        own = self._image.reducible if self._image else None
+        return own if own is None or self.text_tower is None else own | {NEED_TEXT_TOWER}
 
     def video_layout(self, width_px: int, height_px: int, times: FrameTimes) -> ImageLayout:
         """What a video takes up in the decoder, before compression.
