@@ -39,6 +39,11 @@ _FUNCTIONS: Final = {
     "rotary": "pnnnnppnppnfi",
     "attend": "pipnnnpnnpnpppnfppi",
     "write_kv": "pipnnnpnpnpn",
+    "largest_determinant": "pnnnppffnfp",
+    "farthest_first": "pnnnnp",
+    "merge_alike": "pnnnnnpp",
+    "drop_alike": "pnnnpnnn",
+    "top_k": "pnnnnp",
 }
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}
