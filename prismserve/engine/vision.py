@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prismserve.compression.apply import apply_visual
+from prismserve.compression.apply import carry_out, plan_visual
 from prismserve.compression.base import Need, VisualFeatures
 from prismserve.compression.loader import encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
@@ -111,10 +111,10 @@ class VisionPipeline:
         texts = scoring_token_ids or [()] * len(keys)
         for key, item, prepared, image, ids in zip(keys, media, inputs, encoded, texts, strict=True):
             features = self._features(image, prepared.layout, item, spec, ids)
-            tokens, indices = _reduced(image, prepared.layout, features, spec)
+            embeds, indices = self._reduced(image, prepared.layout, features, spec)
             places = indices.cpu()
             positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
-            embeds = _with_deepstack(self._model.project(tokens), image, indices)
+            embeds = _with_deepstack(embeds, image, indices)
             visual = VisualTokens(embeds, positions, image.tokens.shape[0])
             self._cache.put(key, visual)
             results.append(visual)
@@ -161,23 +161,25 @@ class VisionPipeline:
             aligned_text=aligned_text,
         )
 
+    def _reduced(
+        self, image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoder inputs [k, D] of what is left of an image or video, and in which of its slots, [k] int64 ascending.
 
-def _reduced(
-    image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left of an image or video, [k, C], and in which of its slots, [k] int64 ascending.
-
-    What stands around the raster that the method saw is kept.
-    """
-    raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
-    tokens, indices = apply_visual(features, spec)
-    if raster is None:
-        return tokens, indices
-    kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
-    kept[raster] = False
-    kept[raster[indices]] = True
-    whole = image.tokens.index_copy(0, raster[indices], tokens)
-    return whole[kept], kept.nonzero()[:, 0]
+        What stands around the raster that the method saw is kept.
+        """
+        plan = plan_visual(features, spec)
+        if layout.raster is None:
+            if features.projected is not None and plan.weights is None:
+                # The method has looked at every token's projection: no need to project the survivors again.
+                return features.projected[plan.indices], plan.indices
+            return self._model.project(carry_out(features.tokens, plan)), plan.indices
+        raster = layout.raster.to(image.tokens.device)
+        kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
+        kept[raster] = False
+        kept[raster[plan.indices]] = True
+        whole = image.tokens.index_copy(0, raster[plan.indices], carry_out(features.tokens, plan))
+        return self._model.project(whole[kept]), kept.nonzero()[:, 0]
 
 
 def _rows(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:

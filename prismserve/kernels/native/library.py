@@ -40,6 +40,11 @@ _FUNCTIONS: Final = {
     "attend": "pipnnnpnnpnpppnfppi",
     "write_kv": "pipnnnpnpnpn",
     "layers": "pnipfpnpppipnppnpppnfpppi",
+    "largest_determinant": "pnnnppffnfp",
+    "farthest_first": "pnnnnp",
+    "merge_alike": "pnnnnnpp",
+    "drop_alike": "pnnnpnnn",
+    "top_k": "pnnnnp",
 }
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}
