@@ -37,7 +37,7 @@ from prismserve.protocol import convert
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol.channel import SERVER_OPTIONS, ClusterSecretInterceptor
 from prismserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
-from prismserve.worker_runtime.exchange import Exchange
+from prismserve.worker_runtime.exchange import Exchange, Fetched
 from prismserve.worker_runtime.local import LocalJobs
 from prismserve.worker_runtime.peers import PeerDirectory
 from prismserve.worker_runtime.service import WorkerService
@@ -91,6 +91,7 @@ class WorkerRuntime:
         self.landing: LandingHandler | None = None
         self._progress = progress
         self._by_job: dict[int, JobHandler] = {}
+        self.fetched: dict[RequestRef, Fetched] = {}
         self._taps: dict[RequestRef, Callable[[TokenOutput], None]] = {}
         self.lease: WorkerLease | None = None
         self._held: dict[bytes, None] = {}
@@ -293,14 +294,20 @@ class WorkerRuntime:
             if receive is not None:
                 receive(output)
                 continue
-            report = output.report
-            if report is not None and not report.worker_id:
-                output = dataclasses.replace(  # noqa: PLW2901 - completed on its way out
-                    output, report=dataclasses.replace(report, worker_id=self.info.worker_id)
-                )
-            passed.append(output)
+            passed.append(self._completed(output))
         if passed:
             self.sessions.deliver(passed)
+
+    def _completed(self, output: TokenOutput) -> TokenOutput:
+        """An output of a local job with what its report lacks: this worker's id, and what was fetched for it."""
+        report = output.report
+        if report is None or report.worker_id:
+            if output.finish_reason is not None:
+                self.fetched.pop((output.request_id, output.attempt), None)
+            return output
+        report = dataclasses.replace(report, worker_id=self.info.worker_id)
+        fetched = self.fetched.pop((output.request_id, output.attempt), None)
+        return dataclasses.replace(output, report=report if fetched is None else fetched.into(report))
 
     def _on_image(self, key: bytes, held: bool) -> None:  # noqa: FBT001 - the callback's shape
         if self._loop is not None and not self._loop.is_closed():
@@ -338,7 +345,7 @@ class WorkerRuntime:
 
     def stats(self) -> WorkerStats:
         """Engine and transfer counters together."""
-        counters = self.exchange.counters
+        counters, tier_rates = self.exchange.counters, self.tiering.rates()
         return dataclasses.replace(
             self.engine.stats(),
             worker_id=self.info.worker_id,
@@ -347,6 +354,9 @@ class WorkerRuntime:
             transfer_raw_bytes=counters.raw_bytes,
             transfer_seconds=counters.seconds,
             transfer_failures=counters.failures,
+            link_bytes_per_s=tuple(self.hub.rates().items()),
+            tier_host_bytes_per_s=tier_rates.get("host", 0.0),
+            tier_disk_bytes_per_s=tier_rates.get("disk", 0.0),
             **self.tiering.stats(),
         )
 

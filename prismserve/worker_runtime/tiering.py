@@ -83,6 +83,10 @@ class Tiering:
         """Every key held, by tier."""
         return {_BY_NAME[tier.name]: tier.keys() for tier in self.store.tiers}
 
+    def rates(self) -> dict[str, float]:
+        """Measured bytes per second of reading, by tier, where 0 stands for a tier that was not read yet."""
+        return {tier.name: tier.counters.read_bytes_per_s for tier in self.store.tiers}
+
     def stats(self) -> dict[str, int]:
         """The figures of :class:`prismserve.core.types.WorkerStats` that are the tiers'."""
         host, disk = self.store.host, self.store.disk
@@ -95,11 +99,15 @@ class Tiering:
             "tier_errors": sum(tier.counters.errors for tier in tiers),
         }
 
-    async def restore(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
-        """Bring back the prefix of a request that the device no longer holds; never fails the request."""
+    async def restore(self, submission: Submission, worker: Literal["local", "prefill"]) -> int:
+        """Bring back the prefix of a request that the device no longer holds; never fails the request.
+
+        Returns:
+            Tokens brought back.
+        """
         runtime, request = self._runtime, submission.request
-        if not self.store.tiers or not runtime.config.engine.prefix_caching:
-            return
+        if submission.skip_restore or not self.store.tiers or not runtime.config.engine.prefix_caching:
+            return 0
         size = runtime.engine.layout.block_tokens
         namespace = request.namespace if worker == "prefill" else request.wire_namespace
         slots = elements(request.prompt, request.resume_token_ids)
@@ -107,26 +115,26 @@ class Tiering:
         # Asked without waiting for the engine: a request that finds nothing here must not wait for a step to end.
         plan = self._plan(keys, runtime.engine.held_blocks(keys))
         if not plan.worth_it:
-            return
+            return 0
         try:
             taken = await self._bring_back(submission, worker, keys, plan)
         except (PrismServeError, TimeoutError) as error:
             self.misses += 1
             logger.info("request %s: nothing was restored: %s", request.request_id, str(error) or "it took too long")
-            return
+            return 0
         self.restored_tokens += taken * size
         self.misses += taken == 0
+        return taken * size
 
     def _plan(self, keys: Sequence[bytes], first: int) -> Restore:
         engine = self._runtime.engine
         run = self.store.held_run(keys[first:])
-        rates = {tier.name: tier.counters.read_bytes_per_s for tier in self.store.tiers}
         return decide(
             first=first,
             tiers=[tier.name for tier in run],
             block_bytes=self.store.block_bytes,
             block_tokens=engine.layout.block_tokens,
-            bytes_per_s=rates,
+            bytes_per_s=self.rates(),
             prefill_tokens_per_s=engine.stats().prefill_tokens_per_s,
             blocks_min=self._config.restore_blocks_min,
         )

@@ -24,7 +24,7 @@ async def world(open_world: Callable[[], Any], tmp_path_factory: Any) -> AsyncIt
     folder = tmp_path_factory.mktemp("tier")
     made.tiers = TierConfig(host_bytes=64 << 20, disk_path=str(folder), disk_bytes=32 << 20)
     await made.add(Role.MIXED, tiers=made.tiers)
-    await made.open_router()
+    await made.open_router(measured_costs=False)
     yield made
 
 
@@ -85,7 +85,7 @@ async def test_a_restarted_worker_finds_the_blocks_of_the_one_before(open_world:
     world = open_world()
     tiers = TierConfig(host_bytes=0, disk_path=str(tmp_path), disk_bytes=32 << 20)
     first = await world.add(Role.MIXED, tiers=tiers)
-    await world.open_router()
+    await world.open_router(measured_costs=False)
     before = await world.ask(SCENE + 2, QUESTION)
     await settled(first)
     world.workers.remove(first)
@@ -101,7 +101,7 @@ async def test_a_peer_is_sent_what_lies_in_host_memory(open_world: Any) -> None:
     world = open_world()
     tiers = TierConfig(host_bytes=64 << 20)
     holder = await world.add(Role.MIXED, tiers=tiers)
-    await world.open_router()
+    await world.open_router(measured_costs=False)
     before = await world.ask(SCENE + 3, QUESTION)
     await settled(holder)
     await forget_device(holder)
