@@ -84,13 +84,11 @@ def lmcache_environment(folder: Path) -> Path:
 def _restore(store: TierStore, pool: KVPool, keys: Sequence[bytes]) -> None:
     for first in range(0, len(keys), RUN_BLOCKS):
         run = keys[first : first + RUN_BLOCKS]
-        staged = list(torch.empty(len(run), store.block_bytes, dtype=torch.uint8).unbind(0))
-        found = store.read_run(run, staged)
+        views = [pool.memory.group_view(first + index) for index in range(len(run))]
+        found = store.read_run(run, [view for view in views if view is not None])
         if found != len(run):
             message = f"only {found} of {len(run)} blocks came back"
             raise RuntimeError(message)
-        for index, block in enumerate(staged):
-            pool.memory.copy_group_in(first + index, block)
 
 
 class _Peer:

@@ -399,6 +399,22 @@ class Engine:
         self.adopt_prefix_finish(ticket, request)
         return len(ticket.table) - held
 
+    def adopt_write_begin(self, ticket: ImportTicket) -> list[torch.Tensor] | None:
+        """Memory of an adoption's missing blocks, uint8 [group_bytes] each, as :meth:`copy_block` gives them.
+
+        A thread may write into it until :meth:`adopt_write_end`, which must follow; a cancelled request's blocks are
+        let go only then. None where the pool is not one piece of host memory: use :meth:`adopt_blocks`.
+        """
+        return self._imports.write_begin(ticket)
+
+    def adopt_write_end(self, ticket: ImportTicket, blocks: int) -> int:
+        """Hand the first ``blocks`` blocks that were written to the prefix cache, the rest back to the pool.
+
+        Returns:
+            Blocks taken in; 0 if the request was cancelled meanwhile.
+        """
+        return self._imports.write_end(ticket, blocks)
+
     def pin_blocks(self, keys: Items[BlockKey]) -> PinnedBlocks:
         """Hold the longest leading run of ``keys`` that is cached, until :meth:`unpin`."""
         return self._imports.pin(keys)

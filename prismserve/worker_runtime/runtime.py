@@ -201,6 +201,8 @@ class WorkerRuntime:
             await self._server.stop(grace=1.0)
         if hasattr(self, "peers"):
             await self.peers.close()
+        if hasattr(self, "tiering"):
+            await self.tiering.settle(5.0)
         if hasattr(self, "engine_loop"):
             await asyncio.to_thread(self.engine_loop.stop, 5.0)
             self.engine.constraints.close()

@@ -20,7 +20,8 @@ from prismserve.kv_transfer.tiers.store import TierStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from prismserve.engine.engine import Engine
+    from prismserve.core.types import Request
+    from prismserve.engine.engine import Engine, ImportTicket
     from prismserve.kv_transfer.tiers.config import TierConfig
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.runtime import WorkerRuntime
@@ -78,6 +79,7 @@ class Tiering:
         )
         self.restored_tokens = 0
         self.misses = 0
+        self._writing: set[asyncio.Future[int]] = set()
 
     def held(self) -> dict[Tier, list[bytes]]:
         """Every key held, by tier."""
@@ -142,16 +144,48 @@ class Tiering:
     async def _bring_back(
         self, submission: Submission, worker: Literal["local", "prefill"], keys: Sequence[bytes], plan: Restore
     ) -> int:
-        wanted = keys[plan.first : plan.first + plan.blocks]
-        blocks = list(torch.empty(len(wanted), self.store.block_bytes, dtype=torch.uint8).unbind(0))
-        reading = asyncio.to_thread(self.store.read_run, wanted, blocks)
-        found = await asyncio.wait_for(reading, self._config.restore_timeout_s)
-        if not found:
-            return 0
-        request = submission.request
-        return await self._runtime.on_engine(
-            lambda engine: engine.adopt_blocks(request, plan.first, blocks[:found], worker=worker)
+        request, size = submission.request, self._runtime.engine.layout.block_tokens
+        ticket, targets = await self._runtime.on_engine(
+            lambda engine: _begin(engine, request, plan.first + plan.blocks, worker)
         )
+        held = ticket.cached_tokens // size
+        wanted = keys[held : len(ticket.table)]
+        if held < plan.first or not wanted:
+            await self._runtime.on_engine(lambda engine: _end(engine, ticket, targets, 0))
+            return 0
+        if targets is None:
+            # The pool cannot be written from here: read first, and let the engine copy.
+            await self._runtime.on_engine(lambda engine: engine.abort_import(ticket))
+            staged = list(torch.empty(len(wanted), self.store.block_bytes, dtype=torch.uint8).unbind(0))
+            reading = asyncio.to_thread(self.store.read_run, wanted, staged)
+            found = await asyncio.wait_for(reading, self._config.restore_timeout_s)
+            return await self._runtime.on_engine(
+                lambda engine: engine.adopt_blocks(request, held, staged[:found], worker=worker) if found else 0
+            )
+        written = asyncio.ensure_future(self._write(ticket, wanted, targets))
+        self._writing.add(written)
+        written.add_done_callback(self._written)
+        # A request that has waited long enough goes on without its blocks; the thread that writes them does not stop.
+        return await asyncio.wait_for(asyncio.shield(written), self._config.restore_timeout_s)
+
+    async def _write(self, ticket: ImportTicket, keys: Sequence[bytes], targets: Sequence[torch.Tensor]) -> int:
+        """Read blocks straight into the pool and publish those that are intact."""
+        found = 0
+        try:
+            found = await asyncio.to_thread(self.store.read_run, keys, targets)
+        finally:
+            taken = await self._runtime.on_engine(lambda engine: engine.adopt_write_end(ticket, found))
+        return taken
+
+    def _written(self, task: asyncio.Future[int]) -> None:
+        self._writing.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.info("a restore came to nothing: %s", task.exception())
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait for the threads that write into the pool; before the engine stops."""
+        if self._writing:
+            await asyncio.wait(self._writing, timeout=timeout_s)
 
     def stage(self, keys: Sequence[bytes]) -> tuple[KVPool, int] | None:
         """A pool of its own with the leading blocks of ``keys`` that are held, for sending them; None without any."""
@@ -168,3 +202,18 @@ class Tiering:
     def close(self) -> None:
         """End the threads; the file keeps its blocks."""
         self.store.close()
+
+
+def _begin(
+    engine: Engine, request: Request, blocks: int, worker: Literal["local", "prefill"]
+) -> tuple[ImportTicket, list[torch.Tensor] | None]:
+    """Room for a request's first blocks, and the memory of those that are missing if it can be written directly."""
+    ticket = engine.adopt_prefix_begin(request, blocks, worker=worker)
+    return ticket, engine.adopt_write_begin(ticket)
+
+
+def _end(engine: Engine, ticket: ImportTicket, targets: list[torch.Tensor] | None, blocks: int) -> None:
+    if targets is None:
+        engine.abort_import(ticket)
+    else:
+        engine.adopt_write_end(ticket, blocks)
