@@ -443,6 +443,7 @@ class WorkerStats:
     image_queries: int = 0
     image_hits: int = 0
     encoded_images: int = 0
+    derived_images: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0

@@ -103,11 +103,11 @@ class Engine:
         self._clock = clock
         self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
         self._pipeline = VisionPipeline(model, processor, self.image_cache)
-        images = ImageStage(self._pipeline, self.image_cache, clock)
+        self._images = ImageStage(self._pipeline, self.image_cache, clock, derives=config.derive_images)
         self._stepper = Stepper(
             model=model,
             blocks=self._blocks,
-            images=images,
+            images=self._images,
             runner=ModelRunner(model, self.pool, graphs),
             config=config,
             max_model_len=self.max_model_len,
@@ -468,6 +468,7 @@ class Engine:
         self._stepper.prefill_rate = MovingAverage()
         self._stepper.step_ms = MovingAverage()
         self._pipeline.encoded = 0
+        self._images.derived = 0
 
     def stats(self) -> WorkerStats:
         """What this engine has done and holds; ``worker_id`` and the transfer figures are left to the worker."""
@@ -483,6 +484,7 @@ class Engine:
             image_queries=counters.image_queries,
             image_hits=counters.image_hits,
             encoded_images=self._pipeline.encoded,
+            derived_images=self._images.derived,
             prefill_tokens=counters.prefill_tokens,
             decode_tokens=counters.decode_tokens,
             preemptions=counters.preemptions,

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prismserve.compression.apply import apply_visual
+from prismserve.compression.apply import reduce_visual
 from prismserve.compression.base import Need, VisualFeatures
 from prismserve.compression.loader import encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
-from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.image_cache import NO_LABEL, VisualTokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prismserve.core.types import MediaInput, MethodSpec
-    from prismserve.engine.image_cache import ImageCache
+    from prismserve.engine.image_cache import ImageCache, ImageLabel
     from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
     from prismserve.models.processing import Processor
 
@@ -74,6 +74,7 @@ class VisionPipeline:
         inputs: Sequence[ImageInputs],
         spec: MethodSpec,
         scoring_token_ids: Sequence[tuple[int, ...]] = (),
+        labels: Sequence[ImageLabel] = (),
     ) -> list[VisualTokens]:
         """Encode, reduce and project a batch of images and videos under one visual method.
 
@@ -82,6 +83,7 @@ class VisionPipeline:
             media: the items, for their kinds and seeds.
             inputs: from :meth:`inputs`.
             spec: normalised visual method.
+            labels: whose each is and which others it can stand for; may be left out.
             scoring_token_ids: the text each image is looked at for; may be left out where the method asks for none.
 
         Returns:
@@ -102,14 +104,15 @@ class VisionPipeline:
             raise EngineError(message)
         results: list[VisualTokens] = []
         texts = scoring_token_ids or [()] * len(keys)
-        for key, item, prepared, image, ids in zip(keys, media, inputs, encoded, texts, strict=True):
+        named = labels or [NO_LABEL] * len(keys)
+        for key, item, prepared, image, ids, label in zip(keys, media, inputs, encoded, texts, named, strict=True):
             features = self._features(image, prepared.layout, item, spec, ids)
-            tokens, indices = _reduced(image, prepared.layout, features, spec)
+            tokens, indices, order = _reduced(image, prepared.layout, features, spec)
             places = indices.cpu()
             positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
             embeds = _with_deepstack(self._model.project(tokens), image, indices)
-            visual = VisualTokens(embeds, positions, image.tokens.shape[0])
-            self._cache.put(key, visual)
+            visual = VisualTokens(embeds, positions, image.tokens.shape[0], order)
+            self._cache.put(key, visual, label)
             results.append(visual)
         self.encoded += len(results)
         return results
@@ -147,20 +150,21 @@ class VisionPipeline:
 
 def _reduced(
     image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left of an image or video, [k, C], and in which of its slots, [k] int64 ascending.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What is left of an image or video, [k, C], in which of its slots, [k] int64 ascending, and the order of keeping.
 
-    What stands around the raster that the method saw is kept.
+    What stands around the raster that the method saw is kept; an order is given only where nothing does.
     """
     raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
-    tokens, indices = apply_visual(features, spec)
+    tokens, plan = reduce_visual(features, spec)
+    indices = plan.indices
     if raster is None:
-        return tokens, indices
+        return tokens, indices, None if plan.order is None else plan.order.cpu()
     kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
     kept[raster] = False
     kept[raster[indices]] = True
     whole = image.tokens.index_copy(0, raster[indices], tokens)
-    return whole[kept], kept.nonzero()[:, 0]
+    return whole[kept], kept.nonzero()[:, 0], None
 
 
 def _rows(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:

@@ -41,6 +41,7 @@ _WORKER_GAUGES: Final = {
     "image_queries": ("mm_cache_queries", "Images looked up in the embedding cache"),
     "image_hits": ("mm_cache_hits", "Images found in the embedding cache"),
     "encoded_images": ("encoded_images", "Images encoded"),
+    "derived_images": ("derived_images", "Images derived from the same image under a larger visual budget"),
     "prefill_tokens": ("prefill_tokens", "Tokens prefilled"),
     "decode_tokens": ("decode_tokens", "Tokens decoded"),
     "preemptions": ("num_preemptions", "Requests preempted"),

@@ -18,6 +18,7 @@ import torch
 from prismserve.compression.loader import codec, normalise
 from prismserve.core.errors import IncompatibleLayoutError, LeaseExpiredError, PrismServeError, TransferError
 from prismserve.core.prompt import block_keys, elements
+from prismserve.engine.encoding import image_label
 from prismserve.engine.image_cache import VisualTokens
 from prismserve.kv_transfer.manifest import Expected, build
 from prismserve.kv_transfer.plan import reserve_bytes
@@ -198,7 +199,8 @@ class Exchange:
             text = f"worker {holder} sent {positions.shape[-1]} of {reply.raw_tokens} tokens, expected {segment.tokens}"
             raise TransferError(text)
         embeds = rows.to(runtime.model.device)
-        runtime.engine.image_cache.put(segment.key, VisualTokens(embeds, positions, segment.raw_tokens))
+        label = image_label(submission.request, segment.media_index)
+        runtime.engine.image_cache.put(segment.key, VisualTokens(embeds, positions, segment.raw_tokens), label)
         self.counters.fetched_embeddings += 1
         return 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prismserve.compression import loader
-from prismserve.compression.apply import apply_visual
+from prismserve.compression.apply import apply_visual, reduce_visual
 from prismserve.compression.base import Need, Share, Stage
 from prismserve.core.errors import EngineError, InvalidRequestError
 
@@ -168,3 +168,12 @@ def test_a_budget_that_makes_no_sense_is_refused_by_field(name, keep):
     with pytest.raises(InvalidRequestError, match="keep") as caught:
         spec_of(name, keep=keep)
     assert caught.value.field == "compression.visual.keep"
+
+
+@pytest.mark.parametrize("name", ["cls_topk", "divprune", "dpp", "random"])
+def test_the_order_of_a_nested_method_says_what_every_smaller_budget_keeps(name, make_features):
+    features = make_features(60)
+    plan = reduce_visual(features, spec_of(name, keep=40))[1]
+    for keep in (1, 7, 39):
+        smaller = reduce_visual(features, spec_of(name, keep=keep))[1]
+        assert torch.equal(plan.indices[plan.order[:keep]].sort().values, smaller.indices)

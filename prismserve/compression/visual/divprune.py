@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import Reducing, ascending, cosine_kernel, projected
+from prismserve.compression.visual._shared import Reducing, cosine_kernel, projected
 
 
 class DivPrune(Reducing):
@@ -43,7 +43,7 @@ class DivPrune(Reducing):
             nearest[chosen[:i]] = -torch.inf
             chosen[i] = nearest.argmax()
             nearest = torch.minimum(nearest, distance[chosen[i]])
-        return VisualPlan(ascending(chosen))
+        return VisualPlan.in_order(chosen)
 
 
 METHOD = DivPrune()

@@ -11,7 +11,6 @@ from typing import ClassVar
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
 from prismserve.compression.visual._shared import (
     Reducing,
-    ascending,
     cosine_kernel,
     greedy_determinant,
     projected,
@@ -34,7 +33,7 @@ class Determinantal(Reducing):
         if whole is not None:
             return whole
         kernel = cosine_kernel(projected(features))
-        return VisualPlan(ascending(greedy_determinant(kernel, self.kept_tokens(config, kernel.shape[0]))))
+        return VisualPlan.in_order(greedy_determinant(kernel, self.kept_tokens(config, kernel.shape[0])))
 
 
 METHOD = Determinantal()
