@@ -458,6 +458,7 @@ class WorkerStats:
     tier_disk_bytes_per_s: float = 0.0
     tier_host_blocks: int = 0
     tier_disk_blocks: int = 0
+    tier_restored_images: int = 0
     tier_restored_tokens: int = 0
     tier_corrupt_blocks: int = 0
     tier_errors: int = 0

@@ -10,6 +10,7 @@ from prismserve.compression.loader import visual_method
 from prismserve.core.errors import InvalidRequestError, PrismServeError
 from prismserve.core.hashing import canonical_json, digest
 from prismserve.engine.image_cache import ImageLabel
+from prismserve.engine.metrics import MovingAverage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -39,6 +40,7 @@ class ImageStage:
 
     Attributes:
         derived: images that were derived from the same image under a larger budget.
+        token_s: moving average of the time of encoding, in seconds for each visual token before compression.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class ImageStage:
         self._clock = clock
         self._derives = derives
         self.derived = 0
+        self.token_s = MovingAverage()
 
     def run(
         self, candidates: Iterable[tuple[Sequence, int]], max_images: int
@@ -108,6 +111,7 @@ class ImageStage:
                 jobs[key] = _Job(key, media[index], inputs, spec, scoring, label, [sequence])
 
     def _encode(self, spec: MethodSpec, jobs: list[_Job]) -> list[tuple[Sequence, PrismServeError]]:
+        started = self._clock()
         try:
             results = self._pipeline.encode(
                 [job.key for job in jobs],
@@ -119,6 +123,7 @@ class ImageStage:
             )
         except PrismServeError as error:
             return [(taker, error) for job in jobs for taker in job.takers]
+        self.token_s.add((self._clock() - started) / max(1, sum(visual.raw_tokens for visual in results)))
         for job, visual in zip(jobs, results, strict=True):
             for taker in job.takers:
                 taker.images[job.key] = visual

@@ -337,6 +337,11 @@ class Engine:
         self._imports.finish_adoption(ticket)
 
     @property
+    def encode_token_s(self) -> float:
+        """Recent time of encoding one visual token before compression, in seconds; 0 before the first image."""
+        return self._images.token_s.value
+
+    @property
     def group_bytes(self) -> int:
         """Bytes of one full block over all layers, as :meth:`copy_block` gives it."""
         return self.pool.memory.group_bytes
@@ -469,6 +474,7 @@ class Engine:
         self._stepper.step_ms = MovingAverage()
         self._pipeline.encoded = 0
         self._images.derived = 0
+        self._images.token_s = MovingAverage()
 
     def stats(self) -> WorkerStats:
         """What this engine has done and holds; ``worker_id`` and the transfer figures are left to the worker."""

@@ -55,6 +55,7 @@ _WORKER_GAUGES: Final = {
     "prefill_tokens_per_s": ("prefill_tokens_per_second", "Recent prefill speed"),
     "tier_host_blocks": ("tier_host_blocks", "KV blocks in the host memory tier"),
     "tier_disk_blocks": ("tier_disk_blocks", "KV blocks in the file tier"),
+    "tier_restored_images": ("tier_restored_images", "Images restored from tiers instead of encoded"),
     "tier_restored_tokens": ("tier_restored_tokens", "Tokens restored from tiers instead of prefilled"),
     "tier_corrupt_blocks": ("tier_corrupt_blocks", "KV blocks of tiers that failed their checksum"),
     "tier_errors": ("tier_errors", "Reads and writes of the file tier that failed"),

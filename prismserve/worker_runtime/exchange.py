@@ -19,7 +19,7 @@ from prismserve.compression.loader import codec, normalise
 from prismserve.core.errors import IncompatibleLayoutError, LeaseExpiredError, PrismServeError, TransferError
 from prismserve.core.prompt import block_keys, elements
 from prismserve.engine.encoding import image_label
-from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.image_cache import NO_LABEL, VisualTokens
 from prismserve.kv_transfer.manifest import Expected, build
 from prismserve.kv_transfer.plan import reserve_bytes
 from prismserve.kv_transfer.sender import Outgoing
@@ -116,6 +116,7 @@ class Exchange:
         runtime, request = self._runtime, submission.request
         started_s = time.monotonic()
         restored_tokens = await runtime.tiering.restore(submission, worker)
+        await runtime.tiering.restore_images(submission, worker)
         wanted: list[Awaitable[int]] = []
         if submission.pull_from and submission.pull_blocks and submission.pull_from != runtime.info.worker_id:
             wanted.append(self._fetch_prefix(submission, worker))
@@ -300,7 +301,10 @@ class Exchange:
             await runtime.on_engine(lambda engine: engine.unpin(pinned.pin_id))
 
     async def _serve_embedding(self, message: pb.PushRequest, peer: Peer) -> pb.PushReply:
-        tokens = self._runtime.engine.image_cache.get(message.embedding_key)
+        cache, key = self._runtime.engine.image_cache, message.embedding_key
+        tokens = cache.get(key)
+        if tokens is None and await self._runtime.tiering.restore_image(key, NO_LABEL):
+            tokens = cache.get(key)
         if tokens is None:
             return pb.PushReply(found=False, refusal="the embedding is not cached here any more")
         outgoing = self._outgoing(message, peer)

@@ -117,8 +117,8 @@ class WorkerRuntime:
         torch.set_num_threads(config.threads)
         set_native(on=config.engine.native_kernels)
         self.engine = await asyncio.to_thread(self._build_engine)
-        self.engine.image_cache.on_change = self._on_image
         self.tiering = await asyncio.to_thread(Tiering, self, config.tiers, self._on_tier)
+        self.engine.image_cache.on_change = self._on_image
         self.engine_loop = EngineLoop(self.engine, self._on_outputs, self._on_cache_events)
         self.engine_loop.start()
 
@@ -313,7 +313,12 @@ class WorkerRuntime:
 
     def _on_image(self, key: bytes, held: bool) -> None:  # noqa: FBT001 - the callback's shape
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._collect_keys, [key] if held else [], [] if held else [key])
+            self._loop.call_soon_threadsafe(self._image_changed, key, held)
+
+    def _image_changed(self, key: bytes, held: bool) -> None:  # noqa: FBT001 - as above
+        if held:
+            self.tiering.offer_image(key)
+        self._collect_keys([key] if held else [], [] if held else [key])
 
     def _held_keys(self) -> dict[Tier, list[bytes]]:
         return {Tier.DEVICE: list(self._held), **self.tiering.held()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import logging
 from typing import TYPE_CHECKING, Literal
 
@@ -11,17 +13,21 @@ import torch
 from prismserve.core.errors import PrismServeError
 from prismserve.core.hashing import digest
 from prismserve.core.prompt import block_keys, elements
-from prismserve.core.types import Tier
+from prismserve.core.types import MediaSegment, Tier
+from prismserve.engine.encoding import image_label
 from prismserve.engine.pool import KVPool
-from prismserve.kv_transfer.tiers.eviction import OWNER_BYTES, Label
-from prismserve.kv_transfer.tiers.restore import Restore, decide
+from prismserve.kv_transfer.costs import FIRST_GUESS_TIER_BYTES_PER_S
+from prismserve.kv_transfer.tiers.eviction import Label
+from prismserve.kv_transfer.tiers.restore import FIXED_S, Restore, decide
 from prismserve.kv_transfer.tiers.store import TierStore
+from prismserve.worker_runtime.image_shelf import ImageShelf, owner_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from prismserve.core.types import Request
     from prismserve.engine.engine import Engine, ImportTicket
+    from prismserve.engine.image_cache import ImageLabel
     from prismserve.kv_transfer.tiers.config import TierConfig
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.runtime import WorkerRuntime
@@ -34,16 +40,16 @@ _BY_NAME = {"host": Tier.HOST, "disk": Tier.DISK}
 class EngineBlocks:
     """The engine as the tiers see it; see :class:`prismserve.kv_transfer.tiers.store.BlockSource`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, shelf: ImageShelf) -> None:
         self._engine = engine
+        self._shelf = shelf
 
     def copy_block(self, key: bytes, target: torch.Tensor) -> Label | None:
-        """Copy a cached block and label it with its tenant."""
+        """Copy a cached block, or one of an image, and label it with its tenant."""
         owner = self._engine.copy_block(key, target)
         if owner is None:
-            return None
-        name = digest("tier-owner", owner.name.encode())[:OWNER_BYTES] if owner.name else bytes(OWNER_BYTES)
-        return Label(name, owner.share)
+            return self._shelf.copy_part(key, target)
+        return Label(owner_bytes(owner.name), owner.share)
 
 
 class Tiering:
@@ -56,6 +62,7 @@ class Tiering:
 
     Attributes:
         store: the tiers themselves.
+        restored_images: images that did not have to be encoded thanks to the tiers.
         restored_tokens: tokens that did not have to be prefilled thanks to the tiers.
         misses: restores that came to nothing.
     """
@@ -70,13 +77,15 @@ class Tiering:
         identity = digest("tier", runtime.model.fingerprint, engine.layout.fingerprint())
         self._runtime = runtime
         self._config = config
+        self._shelf = ImageShelf(engine.image_cache, engine.group_bytes)
         self.store = TierStore(
             config,
             engine.group_bytes,
             identity,
-            EngineBlocks(engine),
+            EngineBlocks(engine, self._shelf),
             lambda name, gained, lost: on_change(_BY_NAME[name], gained, lost),
         )
+        self.restored_images = 0
         self.restored_tokens = 0
         self.misses = 0
         self._writing: set[asyncio.Future[int]] = set()
@@ -96,6 +105,7 @@ class Tiering:
         return {
             "tier_host_blocks": len(host),
             "tier_disk_blocks": 0 if disk is None else len(disk),
+            "tier_restored_images": self.restored_images,
             "tier_restored_tokens": self.restored_tokens,
             "tier_corrupt_blocks": sum(tier.counters.corrupt for tier in tiers),
             "tier_errors": sum(tier.counters.errors for tier in tiers),
@@ -127,6 +137,69 @@ class Tiering:
         self.restored_tokens += taken * size
         self.misses += taken == 0
         return taken * size
+
+    def offer_image(self, key: bytes) -> None:
+        """An image is held ready now; it is copied in the background."""
+        if self._config.images and self.store.tiers:
+            self.store.offer(self._shelf.parts(key))
+
+    async def restore_images(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
+        """Bring back the embeddings a request needs and the image cache lacks, where encoding takes longer."""
+        request, engine = submission.request, self._runtime.engine
+        if not self._config.images or not self.store.tiers:
+            return
+        ends = itertools.accumulate(segment.tokens for segment in request.prompt.segments)
+        lacking = [
+            (segment, end)
+            for segment, end in zip(request.prompt.segments, ends, strict=True)
+            if isinstance(segment, MediaSegment)
+            and segment.key not in engine.image_cache
+            and self.store.tier_of(segment.key) is not None
+        ]
+        held_tokens = self._held_tokens(request, worker) if lacking else 0
+        decoder = self._runtime.model.decoder.config
+        token_bytes = decoder.hidden_size * (1 + decoder.deepstack_layers) * self._runtime.model.dtype.itemsize
+        for segment, end in lacking:
+            if end > held_tokens:
+                encode_s = engine.encode_token_s * segment.raw_tokens or float("inf")
+                label = image_label(request, segment.media_index)
+                nbytes = segment.tokens * token_bytes
+                self.restored_images += await self.restore_image(segment.key, label, encode_s, nbytes)
+
+    async def restore_image(
+        self, key: bytes, label: ImageLabel, worth_s: float = float("inf"), nbytes: int = 0
+    ) -> bool:
+        """Put an image that is in the tiers into the image cache; whether it was there and could be read in time.
+
+        Args:
+            key: of the image.
+            label: whose it is.
+            worth_s: how long reading it may be predicted to take.
+            nbytes: of its embeddings, for that prediction.
+        """
+        tier = self.store.tier_of(key)
+        if tier is None:
+            return False
+        rate = tier.counters.read_bytes_per_s or FIRST_GUESS_TIER_BYTES_PER_S[tier.name]
+        if FIXED_S + self._shelf.blocks(nbytes) * self.store.block_bytes / rate >= worth_s:
+            return False
+        reading = asyncio.to_thread(self._shelf.load, key, self.store)
+        try:
+            tokens = await asyncio.wait_for(reading, self._config.restore_timeout_s)
+        except TimeoutError:
+            return False
+        if tokens is None:
+            return False
+        embeds = tokens.embeds.to(self._runtime.model.device)
+        self._runtime.engine.image_cache.put(key, dataclasses.replace(tokens, embeds=embeds), label)
+        return True
+
+    def _held_tokens(self, request: Request, worker: Literal["local", "prefill"]) -> int:
+        """Leading prompt tokens that are on the device now; a hint."""
+        size = self._runtime.engine.layout.block_tokens
+        namespace = request.namespace if worker == "prefill" else request.wire_namespace
+        keys = list(block_keys(namespace, elements(request.prompt), size))
+        return self._runtime.engine.held_blocks(keys) * size
 
     def _plan(self, keys: Sequence[bytes], first: int) -> Restore:
         engine = self._runtime.engine
