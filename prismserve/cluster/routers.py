@@ -109,6 +109,7 @@ class Router:
             fingerprint=fingerprint,
             encoder_fingerprint=encoder_fingerprint(fingerprint),
             layout=layout,
+            embedding_token_bytes=info.hidden_size * layout.dtype_bytes,
             max_model_len=min(info.max_model_len, settings.engine.max_model_len or info.max_model_len),
         )
 

@@ -85,11 +85,11 @@ class Engine:
         self._clock = clock
         self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
         self._pipeline = VisionPipeline(model, processor, self.image_cache)
-        images = ImageStage(self._pipeline, self.image_cache, clock)
+        self._images = ImageStage(self._pipeline, self.image_cache, clock, derives=config.derive_images)
         self._stepper = Stepper(
             model=model,
             blocks=self._blocks,
-            images=images,
+            images=self._images,
             runner=ModelRunner(model, self.pool, foundation.graphs),
             config=config,
             max_model_len=self.max_model_len,
@@ -291,6 +291,11 @@ class Engine:
         self._imports.finish_adoption(ticket)
 
     @property
+    def encode_token_s(self) -> float:
+        """Recent time of encoding one visual token before compression, in seconds; 0 before the first image."""
+        return self._images.token_s.value
+
+    @property
     def group_bytes(self) -> int:
         """Bytes of one full block over all layers, as :meth:`copy_block` gives it."""
         return self.pool.memory.group_bytes
@@ -342,6 +347,22 @@ class Engine:
             self.pool.memory.copy_group_in(ticket.table[index], blocks[index - first])
         self.adopt_prefix_finish(ticket, request)
         return len(ticket.table) - held
+
+    def adopt_write_begin(self, ticket: ImportTicket) -> list[torch.Tensor] | None:
+        """Memory of an adoption's missing blocks, uint8 [group_bytes] each, as :meth:`copy_block` gives them.
+
+        A thread may write into it until :meth:`adopt_write_end`, which must follow; a cancelled request's blocks are
+        let go only then. None where the pool is not one piece of host memory: use :meth:`adopt_blocks`.
+        """
+        return self._imports.write_begin(ticket)
+
+    def adopt_write_end(self, ticket: ImportTicket, blocks: int) -> int:
+        """Hand the first ``blocks`` blocks that were written to the prefix cache, the rest back to the pool.
+
+        Returns:
+            Blocks taken in; 0 if the request was cancelled meanwhile.
+        """
+        return self._imports.write_end(ticket, blocks)
 
     def pin_blocks(self, keys: Items[BlockKey]) -> PinnedBlocks:
         """Hold the longest leading run of ``keys`` that is cached, until :meth:`unpin`."""
@@ -396,6 +417,8 @@ class Engine:
         self._stepper.prefill_rate = MovingAverage()
         self._stepper.step_ms = MovingAverage()
         self._pipeline.encoded = 0
+        self._images.derived = 0
+        self._images.token_s = MovingAverage()
 
     def stats(self) -> WorkerStats:
         """What this engine has done and holds; ``worker_id`` and the transfer figures are left to the worker."""
@@ -411,6 +434,7 @@ class Engine:
             image_queries=counters.image_queries,
             image_hits=counters.image_hits,
             encoded_images=self._pipeline.encoded,
+            derived_images=self._images.derived,
             prefill_tokens=counters.prefill_tokens,
             decode_tokens=counters.decode_tokens,
             preemptions=counters.preemptions,

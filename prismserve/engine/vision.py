@@ -15,7 +15,7 @@ from prismserve.compression.base import Need, VisualFeatures
 from prismserve.compression.loader import encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
-from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.image_cache import NO_LABEL, VisualTokens
 from prismserve.engine.questioning import QuestionAttention
 from prismserve.models.text_tower import TextTower
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prismserve.core.types import MediaInput, MethodSpec
-    from prismserve.engine.image_cache import ImageCache
+    from prismserve.engine.image_cache import ImageCache, ImageLabel
     from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
     from prismserve.models.processing import Processor
 
@@ -81,6 +81,7 @@ class VisionPipeline:
         inputs: Sequence[ImageInputs],
         spec: MethodSpec,
         scoring_token_ids: Sequence[tuple[int, ...]] = (),
+        labels: Sequence[ImageLabel] = (),
     ) -> list[VisualTokens]:
         """Encode, reduce and project a batch of images and videos under one visual method.
 
@@ -89,6 +90,7 @@ class VisionPipeline:
             media: the items, for their kinds and seeds.
             inputs: from :meth:`inputs`.
             spec: normalised visual method.
+            labels: whose each is and which others it can stand for; may be left out.
             scoring_token_ids: the text each image is looked at for; may be left out where the method asks for none.
 
         Returns:
@@ -109,14 +111,15 @@ class VisionPipeline:
             raise EngineError(message)
         results: list[VisualTokens] = []
         texts = scoring_token_ids or [()] * len(keys)
-        for key, item, prepared, image, ids in zip(keys, media, inputs, encoded, texts, strict=True):
+        named = labels or [NO_LABEL] * len(keys)
+        for key, item, prepared, image, ids, label in zip(keys, media, inputs, encoded, texts, named, strict=True):
             features = self._features(image, prepared.layout, item, spec, ids)
-            embeds, indices = self._reduced(image, prepared.layout, features, spec)
+            embeds, indices, order = self._reduced(image, prepared.layout, features, spec)
             places = indices.cpu()
             positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
             embeds = _with_deepstack(embeds, image, indices)
-            visual = VisualTokens(embeds, positions, image.tokens.shape[0])
-            self._cache.put(key, visual)
+            visual = VisualTokens(embeds, positions, image.tokens.shape[0], order)
+            self._cache.put(key, visual, label)
             results.append(visual)
         self.encoded += len(results)
         return results
@@ -163,23 +166,24 @@ class VisionPipeline:
 
     def _reduced(
         self, image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoder inputs [k, D] of what is left of an image or video, and in which of its slots, [k] int64 ascending.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What is left of an image or video: decoder inputs [k, D], slots [k] int64 ascending, and the order of keeping.
 
-        What stands around the raster that the method saw is kept.
+        What stands around the raster that the method saw is kept; an order is given only where nothing does.
         """
         plan = plan_visual(features, spec)
         if layout.raster is None:
+            order = None if plan.order is None else plan.order.cpu()
             if features.projected is not None and plan.weights is None:
                 # The method has looked at every token's projection: no need to project the survivors again.
-                return features.projected[plan.indices], plan.indices
-            return self._model.project(carry_out(features.tokens, plan)), plan.indices
+                return features.projected[plan.indices], plan.indices, order
+            return self._model.project(carry_out(features.tokens, plan)), plan.indices, order
         raster = layout.raster.to(image.tokens.device)
         kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
         kept[raster] = False
         kept[raster[plan.indices]] = True
         whole = image.tokens.index_copy(0, raster[plan.indices], carry_out(features.tokens, plan))
-        return self._model.project(whole[kept]), kept.nonzero()[:, 0]
+        return self._model.project(whole[kept]), kept.nonzero()[:, 0], None
 
 
 def _rows(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:

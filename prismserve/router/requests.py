@@ -36,6 +36,7 @@ from prismserve.router.sampling import COMPLETION_MAX_TOKENS, parse_sampling, re
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from prismserve.core.prompt import Element
     from prismserve.models.processing import MediaSlot, Processor
     from prismserve.router.calls import Call
     from prismserve.router.config import RouterConfig
@@ -56,6 +57,7 @@ class ModelFacts:
         encoder_fingerprint: 32 bytes over the vision encoder; part of every image key.
         layout: what makes KV interchangeable; part of every block key.
         max_model_len: positions a request may span, prompt and answer together.
+        embedding_token_bytes: of one token of an image's embeddings; 0 if that is not known.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ModelFacts:
     encoder_fingerprint: bytes
     layout: KVLayout
     max_model_len: int
+    embedding_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +75,13 @@ class Prepared:
     Attributes:
         keys: chained keys of the prompt's full blocks under ``request.namespace``.
         wire_keys: the same under ``request.wire_namespace``; equal to ``keys`` for exact codecs.
-        media_end_tokens: cache slots up to and including the last image or video; 0 without any.
+        harder: the same request under a lossier wire codec, where its sender leaves that to the server; else None.
     """
 
     request: Request
     keys: tuple[bytes, ...]
     wire_keys: tuple[bytes, ...]
-    media_end_tokens: int
+    harder: Prepared | None = None
 
     @property
     def image_keys(self) -> tuple[bytes, ...]:
@@ -245,7 +248,21 @@ class RequestBuilder:
         size = self._facts.layout.block_tokens
         keys = tuple(block_keys(root, slots, size))
         wire_keys = keys if wire_root == root else tuple(block_keys(wire_root, slots, size))
-        return Prepared(request, keys, wire_keys, _media_end(prompt))
+        prepared = Prepared(request, keys, wire_keys)
+        if call.compression is not None or self._config.harder_codec == "none" or loader.codec(plan.wire.name).lossy:
+            return prepared
+        return dataclasses.replace(prepared, harder=self._harder(prepared, slots))
+
+    def _harder(self, prepared: Prepared, slots: Sequence[Element]) -> Prepared:
+        """The request under the codec that placement may choose for one that gives no compression of its own."""
+        codec = loader.codec(self._config.harder_codec)
+        wire = loader.normalise(codec, {}, "compression.wire")
+        request = prepared.request
+        root = wire_namespace(request.namespace, wire, lossy=codec.lossy)
+        plan = dataclasses.replace(request.compression, wire=wire, preset="custom")
+        harder = dataclasses.replace(request, compression=plan, wire_namespace=root)
+        keys = tuple(block_keys(root, slots, self._facts.layout.block_tokens))
+        return Prepared(harder, prepared.keys, keys)
 
     def _scoring(self, call: Call, plan: CompressionPlan) -> tuple[int, ...] | None:
         """The scoring text, where the images' tokens depend on it; None where they depend on the images alone."""
@@ -333,12 +350,3 @@ class RequestBuilder:
             )
             raise ContextLengthError(message, field="max_tokens")
         return sampling
-
-
-def _media_end(prompt: Prompt) -> int:
-    end = at = 0
-    for segment in prompt.segments:
-        at += segment.tokens
-        if isinstance(segment, MediaSegment):
-            end = at
-    return end

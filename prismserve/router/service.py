@@ -79,7 +79,7 @@ class RouterService:
         self._index = index
         self._media = MediaReader(config)
         self._builder = RequestBuilder(processor, facts, config, self._media, default_compression)
-        self._placer = Placer(self.pool, self.mirror, config, facts.layout.block_tokens)
+        self._placer = Placer(self.pool, self.mirror, config, facts)
         self._generator = Generator(processor, self.pool, self._placer, self.metrics, config, facts.layout.token_bytes)
         self._stopping = asyncio.Event()
         self._follow: asyncio.Task[None] | None = None
