@@ -8,6 +8,7 @@ from prismserve.core.config import FrozenConfig, PositiveInt, PositiveSeconds
 from prismserve.core.types import Role
 from prismserve.engine.config import EngineConfig
 from prismserve.kv_transfer.config import TransferConfig
+from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.tiers.config import TierConfig
 
 
@@ -31,6 +32,7 @@ class WorkerConfig(FrozenConfig):
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
     tiers: TierConfig = TierConfig()
+    index: IndexConfig = IndexConfig()
     stats_interval_s: PositiveSeconds = 0.5
     peer_timeout_s: PositiveSeconds = 10.0
     kv_wait_timeout_s: PositiveSeconds = Field(

@@ -27,7 +27,6 @@ from prismserve.engine.loop import EngineLoop
 from prismserve.kernels.dispatch import set_native
 from prismserve.kv_transfer.arena import Arena
 from prismserve.kv_transfer.hub import TransportHub
-from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.kv_transfer.index.lease import WorkerLease
 from prismserve.kv_transfer.receiver import Receiver
@@ -141,7 +140,7 @@ class WorkerRuntime:
     async def serve(self) -> None:
         """Open the data plane and register; from here on routers find the worker."""
         config = self.config
-        self.index = await open_index(config.index_url, config.cluster_id)
+        self.index = await open_index(config.index_url, config.cluster_id, config.index)
         worker_id = f"{config.role.value}-{secrets.token_hex(4)}"
         server = aio.server(
             interceptors=[ClusterSecretInterceptor(config.cluster_secret)], options=list(SERVER_OPTIONS)
@@ -167,7 +166,7 @@ class WorkerRuntime:
             endpoint=self.hub.endpoint(),
             state=WorkerState.STARTING,
         )
-        self.lease = WorkerLease(self.index, info, self._held_keys, IndexConfig())
+        self.lease = WorkerLease(self.index, info, self._held_keys, config.index)
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)
