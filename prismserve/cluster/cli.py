@@ -17,6 +17,7 @@ COMMANDS = {
     "keys": "make an API key for a tenant",
     "doctor": "check this machine and say what to do",
     "methods": "list the compression methods",
+    "explain": "draw which patches of an image a compression method keeps, merges and drops",
     "version": "print the version",
 }
 

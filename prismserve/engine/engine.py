@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from prismserve.engine.config import EngineConfig
     from prismserve.engine.constraints import Matcher
     from prismserve.engine.prefix_cache import CacheEvents
+    from prismserve.engine.pruning import Pruning
     from prismserve.engine.taps import Taps
     from prismserve.models.base import VisionLanguageModel
     from prismserve.models.processing import Processor
@@ -62,6 +63,7 @@ class Engine:
         layout: of the KV blocks.
         pool: the blocks.
         image_cache: embeddings of images.
+        vision: encodes them; for the engine's thread alone.
         max_model_len: longest sequence, in positions.
         constraints: compiles what :meth:`submit` and :meth:`begin_import` want beside a constrained request.
     """
@@ -102,8 +104,8 @@ class Engine:
         self._processor = processor
         self._clock = clock
         self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
-        self._pipeline = VisionPipeline(model, processor, self.image_cache)
-        images = ImageStage(self._pipeline, self.image_cache, clock)
+        self.vision = VisionPipeline(model, processor, self.image_cache)
+        images = ImageStage(self.vision, self.image_cache, clock)
         self._stepper = Stepper(
             model=model,
             blocks=self._blocks,
@@ -183,6 +185,11 @@ class Engine:
         if sequence is not None and sequence.state is State.EXPORTING:
             del self._sequences[sequence.identity]
             self._stepper.drop(sequence)
+
+    def pruning(self, request_id: str, attempt: int) -> Pruning | None:
+        """The cuts of a request that is here, to be read once its first token is out; None without a prefill method."""
+        sequence = self._sequences.get((request_id, attempt))
+        return None if sequence is None else sequence.pruning
 
     # ---- single layers ---------------------------------------------------------------------------------------
 
@@ -451,7 +458,7 @@ class Engine:
         self._stepper.counters = Counters()
         self._stepper.prefill_rate = MovingAverage()
         self._stepper.step_ms = MovingAverage()
-        self._pipeline.encoded = 0
+        self.vision.encoded = 0
 
     def stats(self) -> WorkerStats:
         """What this engine has done and holds; ``worker_id`` and the transfer figures are left to the worker."""
@@ -466,7 +473,7 @@ class Engine:
             prefix_hit_tokens=counters.prefix_hit_tokens,
             image_queries=counters.image_queries,
             image_hits=counters.image_hits,
-            encoded_images=self._pipeline.encoded,
+            encoded_images=self.vision.encoded,
             prefill_tokens=counters.prefill_tokens,
             decode_tokens=counters.decode_tokens,
             preemptions=counters.preemptions,
