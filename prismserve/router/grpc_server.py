@@ -163,7 +163,7 @@ def usage_message(usage: Usage) -> pb.Usage:
         transfer_ms=usage.transfer_ms,
         transfer_exposed_ms=usage.transfer_exposed_ms,
         route_reason=usage.route_reason,
-        compression=plan_text(usage.compression),
+        compression=plan_text(usage.compression, usage.preset_asked),
         visual_tokens_by_cut=usage.visual_tokens_by_cut,
     )
 

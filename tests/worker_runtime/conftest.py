@@ -87,12 +87,17 @@ class World:
         path = reference_path()
         info = inspect_checkpoint(path)
         fingerprint = model_fingerprint(path, "float32")
-        kv_format = changes.pop("kv_format", "plain")
+        kv_format, fidelity = changes.pop("kv_format", "plain"), changes.pop("fidelity", None)
         layout = KVLayout("float32", info.layers, info.kv_heads, info.head_dim, 16, kv_format=kv_format)
         facts = ModelFacts("reference", fingerprint, encoder_fingerprint(fingerprint), layout, info.max_model_len)
         self.index = await open_index(self.url, self.cluster)
         self.router = RouterService(
-            Processor.from_directory(path), facts, self.index, RouterConfig(**changes), cluster_secret=SECRET
+            Processor.from_directory(path),
+            facts,
+            self.index,
+            RouterConfig(**changes),
+            cluster_secret=SECRET,
+            fidelity=fidelity,
         )
         await self.router.start()
         assert await self.router.wait_ready(20)
