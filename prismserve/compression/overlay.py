@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROWS_MAX: Final = 8
 """Most images and frames that are drawn; those after them are left out."""
-STAGES_MAX: Final = 16
+STAGES_MAX: Final = 8
 """Most stages that are drawn, the last ones."""
 _PANEL_PX: Final = 392
 _GAP_PX: Final = 12

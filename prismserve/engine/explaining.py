@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from prismserve.core.types import Request, TokenOutput
     from prismserve.engine.engine import Engine
     from prismserve.engine.pruning import Pruning
-    from prismserve.models.processing import Processor
 
 _FIELD = "compression"
 _STEPS_MAX = 10_000
@@ -57,7 +56,7 @@ class Explaining:
         """Whether the engine must step before :meth:`finish`."""
         return self._pruning is not None
 
-    def begin(self, engine: Engine, processor: Processor) -> None:
+    def begin(self, engine: Engine) -> None:
         """Ask the visual method, and queue the request if there is a prefill method.
 
         Raises:
@@ -72,8 +71,7 @@ class Explaining:
                 message = f"{_FIELD}: the tokens of this image do not stand in one raster, so there is nothing to draw"
                 raise InvalidRequestError(message, field=_FIELD, request_id=request.request_id)
         self._media = tuple(
-            Medium(grid, processor.seen_box(media.width_px, media.height_px))
-            for grid, media in zip(grids, request.media, strict=True)
+            Medium(grid, vision.seen_box(media)) for grid, media in zip(grids, request.media, strict=True)
         )
         spec = request.compression.visual
         if spec.name != "none":
@@ -100,7 +98,7 @@ class Explaining:
         return Explanation(self._media, (*stages, *cuts))
 
 
-def explain(engine: Engine, processor: Processor, request: Request) -> Explanation:
+def explain(engine: Engine, request: Request) -> Explanation:
     """Explain a request with an engine that serves nothing else.
 
     Raises:
@@ -108,7 +106,7 @@ def explain(engine: Engine, processor: Processor, request: Request) -> Explanati
         EngineError: the prompt could not be computed.
     """
     job = Explaining(request)
-    job.begin(engine, processor)
+    job.begin(engine)
     for _ in range(_STEPS_MAX if job.waits else 0):
         outputs = engine.step()
         if any(check_output(output) for output in outputs):

@@ -106,6 +106,10 @@ class VisionPipeline:
         self.encoded += len(results)
         return results
 
+    def seen_box(self, item: MediaInput) -> tuple[float, float, float, float]:
+        """The part of an image or frame that the grid of its tokens covers: left, top, right, bottom in pixels."""
+        return self._processor.seen_box(item.width_px, item.height_px)
+
     def plans(
         self,
         media: Sequence[MediaInput],

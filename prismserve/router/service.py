@@ -11,12 +11,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import prismserve
-from prismserve.core.errors import PrismServeError, RequestCancelledError
+from prismserve.core.errors import DeadlineExceededError, PrismServeError, RequestCancelledError
 from prismserve.core.types import MediaKind
 from prismserve.kv_transfer.index.mirror import Mirror
 from prismserve.models.token_bytes import TokenBytes
 from prismserve.router.admission import Admission
 from prismserve.router.choices import run_choices
+from prismserve.router.explaining import ask_worker, choose_worker
 from prismserve.router.fidelity.config import FidelityConfig
 from prismserve.router.fidelity.guard import FidelityGuard, Surroundings
 from prismserve.router.fidelity.judge import Judge
@@ -24,6 +25,7 @@ from prismserve.router.fidelity.metrics import FidelityMetrics
 from prismserve.router.generation import Finished, Generator
 from prismserve.router.media import MediaReader
 from prismserve.router.metrics import RouterMetrics
+from prismserve.router.overlays import document, overlay
 from prismserve.router.placement import Placer
 from prismserve.router.requests import RequestBuilder
 from prismserve.router.sampling import choices_of
@@ -60,7 +62,7 @@ class RouterService:
         fidelity: how much is replayed without compression, and what follows from it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the one place where a router is put together
         self,
         processor: Processor,
         facts: ModelFacts,
@@ -83,6 +85,8 @@ class RouterService:
         self.mirror = Mirror()
         self.pool = WorkerPool(router_id, self.mirror.workers, self._serves_us, config, cluster_secret)
         self.metrics = RouterMetrics(facts.name, lambda: self.pool.sessions, lambda: self.admission.running)
+        self._secret = cluster_secret
+        self._drawing = asyncio.Semaphore(1)
         self._index = index
         self._media = MediaReader(config)
         fidelity = fidelity or FidelityConfig()
@@ -183,6 +187,37 @@ class RouterService:
         self, call: Call, arrived_at: float, prepared: Prepared, near: str | None
     ) -> AsyncGenerator[GenerationEvent, None]:
         return self._generator.run(prepared, arrived_at=arrived_at, timeout_s=call.timeout_s, near=near)
+
+    async def explain(self, call: Call, *, drawn: bool) -> tuple[dict[str, Any], bytes]:
+        """What compression would do to the visual tokens of a call.
+
+        Args:
+            call: what was asked; its sampling does not matter.
+            drawn: whether a picture is wanted.
+
+        Returns:
+            Plain data for JSON, and a PNG file, empty if none was wanted.
+
+        Raises:
+            PrismServeError: see :func:`ask_worker`, :func:`choose_worker` and :meth:`RequestBuilder.build`.
+        """
+        limit_s = min(call.timeout_s or self.config.request_timeout_s, self.config.request_timeout_s)
+        self.fidelity.arrived()
+        try:
+            with self.admission.slot(call.tenant):
+                async with asyncio.timeout(limit_s):
+                    prepared = await self._builder.build(call)
+                    request = prepared.request
+                    worker = choose_worker(self.pool.sessions)
+                    explanation = await ask_worker(worker, request, self._secret, limit_s)
+                    png = b""
+                    if drawn:
+                        async with self._drawing:
+                            png = await asyncio.to_thread(overlay, request.media, explanation)
+        except TimeoutError:
+            message = "the request was not explained within its time limit"
+            raise DeadlineExceededError(message) from None
+        return document(request.compression, explanation, prepared.preset_asked), png
 
     def status(self) -> dict[str, Any]:
         """The status document: plain data for JSON."""

@@ -21,15 +21,15 @@ SHARE = FidelityConfig(
 
 
 def set_turbo(monkeypatch, visual, keep):
-    table = {**presets._PRESETS, "turbo": (visual, (("keep", keep),), "none")}  # noqa: SLF001
+    table = {**presets._PRESETS, "turbo": (visual, (("keep", keep),), "none")}
     monkeypatch.setattr(presets, "_PRESETS", MappingProxyType(table))
-    presets._named.cache_clear()  # noqa: SLF001
+    presets._named.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _forget_presets():
     yield
-    presets._named.cache_clear()  # noqa: SLF001
+    presets._named.cache_clear()
 
 
 async def ask_until(world, condition, scenes=60):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import argparse
 
     from prismserve.compression.explanation import Explanation
-    from prismserve.core.types import CompressionPlan, Request
+    from prismserve.core.types import Request
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -71,18 +71,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return EXIT_FAILURE
     if args.json:
+        from prismserve.router.overlays import document
+
         print(json.dumps(document(request.compression, explanation), indent=2))
     else:
         _show(explanation, Console(highlight=False, soft_wrap=True))
         print(f"written to {args.out}")
     return EXIT_OK
-
-
-def document(plan: CompressionPlan, explanation: Explanation) -> dict[str, Any]:
-    """The same document as the HTTP API's, without the picture."""
-    from prismserve.router.usage import plan_json
-
-    return {"compression": plan_json(plan), **explanation.document()}
 
 
 def _asked(args: argparse.Namespace) -> Any:
@@ -172,21 +167,17 @@ async def _explained(args: argparse.Namespace, data: bytes, asked: Any) -> tuple
     room = 2 * (length + layout.block_tokens) * layout.token_bytes
     engine = Engine(model, processor, EngineConfig(max_model_len=length, kv_cache_bytes=room, cuda_graphs=False))
     try:
-        return request, explain(engine, processor, request)
+        return request, explain(engine, request)
     finally:
         engine.constraints.close()
 
 
 def _draw(request: Request, explanation: Explanation, target: Path) -> None:
-    import io
+    from prismserve.router.overlays import overlay
 
-    from PIL import Image
-
-    from prismserve.compression.overlay import draw
-
-    pictures = [[Image.open(io.BytesIO(item.data))] for item in request.media]
+    png = overlay(request.media, explanation)
     try:
-        draw(explanation, pictures).save(target, format="PNG", optimize=True)
+        target.write_bytes(png)
     except OSError as error:
         message = f"{target} cannot be written: {(error.strerror or str(error)).lower()}"
         raise ConfigurationError(message, field="out") from None

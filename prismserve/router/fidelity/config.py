@@ -54,7 +54,9 @@ class FidelityConfig(FrozenConfig):
         allow_inf_nan=False,
         description="Part of its bound that replays of a preset must stay below for it to come back (ratio).",
     )
-    replay_tokens: PositiveInt = Field(default=32, description="Leading tokens of an answer that are compared (tokens).")
+    replay_tokens: PositiveInt = Field(
+        default=32, description="Leading tokens of an answer that are compared (tokens)."
+    )
     replay_timeout_s: PositiveSeconds = Field(default=30.0, description="One generation of a replay (seconds).")
     queue_requests: NonNegativeInt = Field(default=16, description="Requests waiting to be replayed (count).")
     queue_bytes: NonNegativeInt = Field(default=64 << 20, description="Images and videos they hold (bytes).")

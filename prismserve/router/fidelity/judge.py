@@ -182,6 +182,15 @@ class Judge:
         return f"{disagreed} of {compared} replays differ" if rested and agrees and near else ""
 
 
+def read_control(value: Any) -> Control:
+    """What an operator asked for; InvalidRequestError if it is none of the three words."""
+    words = tuple(item.value for item in Control)
+    if value not in words:
+        message = f"control: must be one of {', '.join(words)}"
+        raise InvalidRequestError(message, field="control")
+    return Control(value)
+
+
 def lower_share(hits: int, trials: int) -> float:
     """Lower end of the one-sided 95 % Wilson interval of a share; 0 without trials."""
     if not trials:

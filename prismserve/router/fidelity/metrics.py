@@ -58,7 +58,9 @@ class FidelityMetrics:
         self._model = model
         self._labels = Labels(label_sets_max)
         self._replays = Counter(
-            f"{_PREFIX}replays", "Requests chosen for a replay, by what became of it", ["model_name", "outcome"],
+            f"{_PREFIX}replays",
+            "Requests chosen for a replay, by what became of it",
+            ["model_name", "outcome"],
             registry=registry,
         )
         self._compared = Counter(f"{_PREFIX}comparisons", "Answers compared", _LABELS, registry=registry)
@@ -66,19 +68,29 @@ class FidelityMetrics:
             f"{_PREFIX}agreements", "Answers equal with and without compression", _LABELS, registry=registry
         )
         self._divergence = Histogram(
-            f"{_PREFIX}first_divergence_tokens", "Index of the first token that differs", _LABELS, buckets=_TOKENS,
+            f"{_PREFIX}first_divergence_tokens",
+            "Index of the first token that differs",
+            _LABELS,
+            buckets=_TOKENS,
             registry=registry,
         )
         self._kl = Histogram(
-            f"{_PREFIX}kl_nats", "Divergence of next-token distributions, mean over the shared prefix", _LABELS,
-            buckets=_NATS, registry=registry,
+            f"{_PREFIX}kl_nats",
+            "Divergence of next-token distributions, mean over the shared prefix",
+            _LABELS,
+            buckets=_NATS,
+            registry=registry,
         )
         self._held = Gauge(
-            f"{_PREFIX}preset_held", "1 while a milder preset is served in its place", ["model_name", "preset"],
+            f"{_PREFIX}preset_held",
+            "1 while a milder preset is served in its place",
+            ["model_name", "preset"],
             registry=registry,
         )
         self._steps = Counter(
-            f"{_PREFIX}preset_steps", "Times a preset stepped back or forth", ["model_name", "preset", "direction"],
+            f"{_PREFIX}preset_steps",
+            "Times a preset stepped back or forth",
+            ["model_name", "preset", "direction"],
             registry=registry,
         )
         for preset in CHAIN:

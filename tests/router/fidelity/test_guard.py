@@ -23,7 +23,11 @@ from prismserve.router.media import ImageSource
 from prismserve.router.requests import Prepared
 
 PICTURE = MediaInput(b"x" * 100, bytes(32), 8, 8)
-CALL = Call(options={"messages": "a large body"}, messages=(ChatMessage("user", ("what?",)),), media=(ImageSource(b"x", "image"),))
+CALL = Call(
+    options={"messages": "a large body"},
+    messages=(ChatMessage("user", ("what?",)),),
+    media=(ImageSource(b"x", "image"),),
+)
 
 
 def prepared(compression, *, media=(PICTURE,), preset_asked=""):
@@ -84,8 +88,12 @@ async def running(router, **config):
     guard = FidelityGuard(settings, judge, FidelityMetrics(registry, "m", 8), around, draw=lambda: 0.5)
     guard.start()
     try:
-        yield guard, judge, lambda kind: registry.get_sample_value(
-            "prismserve:fidelity_replays_total", {"model_name": "m", "outcome": kind}
+        yield (
+            guard,
+            judge,
+            lambda kind: registry.get_sample_value(
+                "prismserve:fidelity_replays_total", {"model_name": "m", "outcome": kind}
+            ),
         )
     finally:
         await guard.stop()
@@ -93,7 +101,7 @@ async def running(router, **config):
 
 async def until(condition, timeout_s=5.0):
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():
             await asyncio.sleep(0.005)
 
 
@@ -112,7 +120,7 @@ async def test_replays_of_a_preset_that_is_stepped_back_bring_it_back_when_it_is
     router = Router()
     async with running(router, recover_after_s=0.001) as (guard, judge, _):
         guard.control("turbo", Control.AUTO)
-        judge._presets["turbo"].stepped_back = True  # noqa: SLF001 - as after bad comparisons
+        judge._presets["turbo"].stepped_back = True
         for _ in range(4):
             guard.finished(CALL, prepared("balanced", preset_asked="turbo"))
         await until(lambda: judge.in_force("turbo") == "turbo")
@@ -122,7 +130,7 @@ async def test_replays_of_a_preset_that_is_stepped_back_bring_it_back_when_it_is
 async def test_what_stepped_back_to_off_is_still_probed():
     router = Router()
     async with running(router) as (guard, judge, outcome):
-        for entry in judge._presets.values():  # noqa: SLF001
+        for entry in judge._presets.values():
             entry.stepped_back = True
         guard.finished(CALL, prepared("off", preset_asked="turbo"))
         await until(lambda: outcome("compared") == 1)
@@ -156,7 +164,7 @@ async def test_nothing_is_kept_and_nothing_runs_when_the_guard_is_off():
         await asyncio.sleep(0.05)
         assert guard.status()["queue"] == {"requests": 0, "bytes": 0}
         assert not router.asked
-        assert guard._task is None  # noqa: SLF001
+        assert guard._task is None
 
 
 async def test_nothing_is_replayed_while_workers_are_busy_and_what_gets_too_old_is_dropped():
