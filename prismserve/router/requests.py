@@ -279,7 +279,7 @@ class RequestBuilder:
         settled: bool,
     ) -> Prepared:
         salt = tenant_salt(call.tenant.name, call.cache_salt)
-        scoring = self._scoring(call, plan)
+        scoring = self._scoring(call, plan) if media else None
         prompt = self._prompt(call, media, plan, salt, scoring)
         sampling = self._fit(call, prompt, sampling, settled=settled)
         root = prefill_namespace(namespace(self._facts.fingerprint, self._facts.layout, salt), plan.prefill)
@@ -305,7 +305,7 @@ class RequestBuilder:
 
     def _scoring(self, call: Call, plan: CompressionPlan) -> tuple[int, ...] | None:
         """The scoring text, where the images' tokens depend on it; None where they depend on the images alone."""
-        if call.messages is None or not call.media or loader.visual_method(plan.visual.name).share is not Share.QUERY:
+        if call.messages is None or loader.visual_method(plan.visual.name).share is not Share.QUERY:
             return None
         return self._processor.scoring_ids(call.messages)
 
