@@ -63,8 +63,8 @@ class Explainer:
         if self._busy:
             message = "another request is being explained; try again shortly"
             raise OverloadedError(message, request_id=request.request_id)
-        self._busy = True
         runtime, job = self._runtime, Explaining(request)
+        self._busy = True
         ref = (request.request_id, request.attempt)
         ended: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
 

@@ -16,7 +16,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 QUESTION = "What is in the image?"
 SHARE = FidelityConfig(
-    share=1.0, samples_min=4, window=6, idle_check_s=0.02, recover_after_s=0.01, turbo_disagreement_max=0.4
+    share=1.0,
+    samples_min=4,
+    window=6,
+    idle_check_s=0.01,
+    recover_after_s=0.01,
+    recover_share=1.0,
+    turbo_disagreement_max=0.3,
 )
 
 
@@ -32,24 +38,28 @@ def _forget_presets():
     presets._named.cache_clear()
 
 
-async def ask_until(world, condition, scenes=60):
-    """Ask about one scene after another, with pauses for replays, until ``condition``."""
-    guard = world.router.fidelity
+def compared(router):
+    name, labels = "prismserve:fidelity_replays_total", {"model_name": "reference", "outcome": "compared"}
+    return router.metrics.registry.get_sample_value(name, labels) or 0
+
+
+async def ask_until(world, condition, scenes=40):
+    """Ask about one scene after another, each replayed before the next, until ``condition``."""
     for scene in range(scenes):
-        await world.ask(scene, QUESTION, "turbo")
-        for _ in range(200):
-            if condition() or not guard.status()["queue"]["requests"]:
-                break
-            await asyncio.sleep(0.02)
+        before = compared(world.router)
+        await world.ask(scene, QUESTION, "turbo", max_tokens=12)
+        async with asyncio.timeout(20):
+            while compared(world.router) == before:
+                await asyncio.sleep(0.01)
         if condition():
             return
-    message = f"after {scenes} scenes: {guard.status()}"
+    message = f"after {scenes} scenes: {world.router.fidelity.status()}"
     raise AssertionError(message)
 
 
 async def test_random_pruning_under_a_presets_name_is_stepped_back_visibly_and_reversibly(open_world, monkeypatch):
     world = open_world()
-    await world.add(Role.MIXED, stats_interval_s=0.05)
+    await world.add(Role.MIXED, stats_interval_s=0.02)
     router = await world.open_router(fidelity=SHARE)
     guard = router.fidelity
     set_turbo(monkeypatch, "random", 0.06)
@@ -79,7 +89,7 @@ async def test_random_pruning_under_a_presets_name_is_stepped_back_visibly_and_r
 
 async def test_replays_are_no_traffic_and_none_happen_when_the_guard_is_off(open_world):
     world = open_world()
-    worker = await world.add(Role.MIXED, stats_interval_s=0.05)
+    worker = await world.add(Role.MIXED, stats_interval_s=0.02)
     router = await world.open_router(fidelity=FidelityConfig(share=0.0))
     await world.ask(0, QUESTION, "turbo")
     await asyncio.sleep(0.3)

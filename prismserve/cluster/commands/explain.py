@@ -58,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Explain, draw, print, and return the exit code (see ``--help``)."""
+    from prismserve.compression import presets
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         asked = _asked(args)
+        presets.resolve(asked, "off")  # refuses a wrong plan before a model is loaded for it
         data = _read(Path(args.image))
         request, explanation = asyncio.run(_explained(args, data, asked))
         _draw(request, explanation, args.out)

@@ -19,7 +19,7 @@ from prismserve.router.generation import TextDelta
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from prismserve.core.types import CompressionPlan
+    from prismserve.core.types import CompressionPlan, TokenLogprobs
     from prismserve.router.calls import Call
     from prismserve.router.fidelity.config import FidelityConfig
     from prismserve.router.fidelity.judge import Judge
@@ -193,7 +193,7 @@ class FidelityGuard:
         config = self._config
         prepared = await self._around.build(sample.call, sample.prepared, preset, config.replay_tokens)
         tokens: list[int] = []
-        logprobs = []
+        logprobs: list[TokenLogprobs] = []
         async with contextlib.aclosing(self._around.generate(prepared, config.replay_timeout_s)) as events:
             async for event in events:
                 if isinstance(event, TextDelta):
