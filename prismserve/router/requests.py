@@ -76,7 +76,6 @@ class Prepared:
     Attributes:
         keys: chained keys of the prompt's full blocks under ``request.namespace``.
         wire_keys: the same under ``request.wire_namespace``; equal to ``keys`` for exact codecs.
-        media_end_tokens: cache slots up to and including the last image or video; 0 without any.
         preset_asked: the preset in whose place a milder one is served; empty where none was stepped back.
         harder: the same request under a lossier wire codec, where its sender leaves that to the server; else None.
     """
@@ -84,7 +83,6 @@ class Prepared:
     request: Request
     keys: tuple[bytes, ...]
     wire_keys: tuple[bytes, ...]
-    media_end_tokens: int
     preset_asked: str = ""
     harder: Prepared | None = None
 
@@ -306,7 +304,7 @@ class RequestBuilder:
         size = self._facts.layout.block_tokens
         keys = tuple(block_keys(root, slots, size))
         wire_keys = keys if wire_root == root else tuple(block_keys(wire_root, slots, size))
-        prepared = Prepared(request, keys, wire_keys, _media_end(prompt))
+        prepared = Prepared(request, keys, wire_keys)
         if call.compression is not None or self._config.harder_codec == "none" or loader.codec(plan.wire.name).lossy:
             return prepared
         return dataclasses.replace(prepared, harder=self._harder(prepared, slots))

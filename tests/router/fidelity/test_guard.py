@@ -35,7 +35,7 @@ def prepared(compression, *, media=(PICTURE,), preset_asked=""):
     root = bytes(32)
     prompt = Prompt((TextSegment((1, 2)),))
     request = Request("r", 0, root, root, prompt, media, SamplingParams(max_tokens=8), plan, tenant="acme")
-    return Prepared(request, (), (), 0, preset_asked)
+    return Prepared(request, (), (), preset_asked)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Router:
         again = Request(
             "again", 0, bytes(32), bytes(32), request.prompt, request.media, SamplingParams(max_tokens=max_tokens), plan
         )
-        return Prepared(again, (), (), 0)
+        return Prepared(again, (), ())
 
     async def generate(self, again, timeout_s):
         assert timeout_s == 3.0
