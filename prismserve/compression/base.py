@@ -110,10 +110,19 @@ class VisualPlan:
     Attributes:
         indices: [k] int64, ascending, unique raster indices into ``tokens``; survivors keep these positions.
         weights: None, or [k, N] float32; survivor i becomes ``weights[i] @ tokens``.
+        order: of a ``nested`` method that merges nothing, [k] int64, places in ``indices``, the first to keep first: a
+            budget of m keeps the first m of them. None if that is not said.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    @classmethod
+    def in_order(cls, chosen: torch.Tensor) -> VisualPlan:
+        """The plan that keeps these indices, [k] int64, given in the order in which they were chosen."""
+        indices, places = chosen.sort()
+        return cls(indices, order=places.argsort())
 
 
 class KeepConfig(FrozenConfig):

@@ -10,20 +10,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prismserve.compression.apply import apply_visual
+from prismserve.compression.apply import carry_out, plan_visual
 from prismserve.compression.base import Need, VisualFeatures
-from prismserve.compression.loader import encoder_needs, visual_method
+from prismserve.compression.loader import config_of, encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
-from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.image_cache import NO_LABEL, VisualTokens
 from prismserve.engine.questioning import QuestionAttention
 from prismserve.models.text_tower import TextTower
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from prismserve.compression.base import VisualPlan
     from prismserve.core.types import MediaInput, MethodSpec
-    from prismserve.engine.image_cache import ImageCache
+    from prismserve.engine.image_cache import ImageCache, ImageLabel
     from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
     from prismserve.models.processing import Processor
 
@@ -81,6 +82,7 @@ class VisionPipeline:
         inputs: Sequence[ImageInputs],
         spec: MethodSpec,
         scoring_token_ids: Sequence[tuple[int, ...]] = (),
+        labels: Sequence[ImageLabel] = (),
     ) -> list[VisualTokens]:
         """Encode, reduce and project a batch of images and videos under one visual method.
 
@@ -89,6 +91,7 @@ class VisionPipeline:
             media: the items, for their kinds and seeds.
             inputs: from :meth:`inputs`.
             spec: normalised visual method.
+            labels: whose each is and which others it can stand for; may be left out.
             scoring_token_ids: the text each image is looked at for; may be left out where the method asks for none.
 
         Returns:
@@ -97,6 +100,55 @@ class VisionPipeline:
         Raises:
             InvalidRequestError: the method cannot act on this model's tokens.
         """
+        encoded = self._encoded(media, inputs, spec)
+        results: list[VisualTokens] = []
+        texts = scoring_token_ids or [()] * len(keys)
+        named = labels or [NO_LABEL] * len(keys)
+        for key, item, prepared, image, ids, label in zip(keys, media, inputs, encoded, texts, named, strict=True):
+            features = self._features(image, prepared.layout, item, spec, ids)
+            embeds, indices, order = self._reduced(image, prepared.layout, features, spec)
+            places = indices.cpu()
+            positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
+            embeds = _with_deepstack(embeds, image, indices)
+            visual = VisualTokens(embeds, positions, image.tokens.shape[0], order)
+            self._cache.put(key, visual, label)
+            results.append(visual)
+        self.encoded += len(results)
+        return results
+
+    def seen_box(self, item: MediaInput) -> tuple[float, float, float, float]:
+        """The part of an image or frame that the grid of its tokens covers: left, top, right, bottom in pixels."""
+        return self._processor.seen_box(item.width_px, item.height_px)
+
+    def plans(
+        self,
+        media: Sequence[MediaInput],
+        inputs: Sequence[ImageInputs],
+        spec: MethodSpec,
+        scoring_token_ids: tuple[int, ...] = (),
+    ) -> list[VisualPlan]:
+        """What a visual method chooses of each image and video; nothing is kept.
+
+        Args:
+            media: the items.
+            inputs: from :meth:`inputs`.
+            spec: normalised visual method.
+            scoring_token_ids: the text they are looked at for.
+
+        Raises:
+            InvalidRequestError: the method cannot act on this model's tokens.
+        """
+        method, config = visual_method(spec.name), config_of(spec, "visual")
+        encoded = self._encoded(media, inputs, spec)
+        return [
+            method.plan(self._features(image, prepared.layout, item, spec, scoring_token_ids), config)
+            for image, prepared, item in zip(encoded, inputs, media, strict=True)
+        ]
+
+    def _encoded(
+        self, media: Sequence[MediaInput], inputs: Sequence[ImageInputs], spec: MethodSpec
+    ) -> list[EncodedImage]:
+        """What the encoder gives, with what the method needs of it."""
         needs = encoder_needs(spec.name)
         for kind in {item.kind for item in media} if spec.name != "none" else ():
             reducible = self._processor.reducible_of(kind)
@@ -104,22 +156,10 @@ class VisionPipeline:
                 message = f"visual method {spec.name!r} cannot act on the {kind} tokens of this model"
                 raise InvalidRequestError(message, field="compression.visual")
         encoded = self._model.encode_images(inputs, needs - {str(Need.TEXT_TOWER)})
-        if len(encoded) != len(keys):
-            message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
+        if len(encoded) != len(inputs):
+            message = f"the vision encoder gave {len(encoded)} results for {len(inputs)} images"
             raise EngineError(message)
-        results: list[VisualTokens] = []
-        texts = scoring_token_ids or [()] * len(keys)
-        for key, item, prepared, image, ids in zip(keys, media, inputs, encoded, texts, strict=True):
-            features = self._features(image, prepared.layout, item, spec, ids)
-            tokens, indices = _reduced(image, prepared.layout, features, spec)
-            places = indices.cpu()
-            positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
-            embeds = _with_deepstack(self._model.project(tokens), image, indices)
-            visual = VisualTokens(embeds, positions, image.tokens.shape[0])
-            self._cache.put(key, visual)
-            results.append(visual)
-        self.encoded += len(results)
-        return results
+        return encoded
 
     def _features(
         self,
@@ -161,23 +201,26 @@ class VisionPipeline:
             aligned_text=aligned_text,
         )
 
+    def _reduced(
+        self, image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What is left of an image or video: decoder inputs [k, D], slots [k] int64 ascending, and the order of keeping.
 
-def _reduced(
-    image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left of an image or video, [k, C], and in which of its slots, [k] int64 ascending.
-
-    What stands around the raster that the method saw is kept.
-    """
-    raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
-    tokens, indices = apply_visual(features, spec)
-    if raster is None:
-        return tokens, indices
-    kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
-    kept[raster] = False
-    kept[raster[indices]] = True
-    whole = image.tokens.index_copy(0, raster[indices], tokens)
-    return whole[kept], kept.nonzero()[:, 0]
+        What stands around the raster that the method saw is kept; an order is given only where nothing does.
+        """
+        plan = plan_visual(features, spec)
+        if layout.raster is None:
+            order = None if plan.order is None else plan.order.cpu()
+            if features.projected is not None and plan.weights is None:
+                # The method has looked at every token's projection: no need to project the survivors again.
+                return features.projected[plan.indices], plan.indices, order
+            return self._model.project(carry_out(features.tokens, plan)), plan.indices, order
+        raster = layout.raster.to(image.tokens.device)
+        kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
+        kept[raster] = False
+        kept[raster[plan.indices]] = True
+        whole = image.tokens.index_copy(0, raster[plan.indices], carry_out(features.tokens, plan))
+        return self._model.project(whole[kept]), kept.nonzero()[:, 0], None
 
 
 def _rows(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prismserve.compression import loader
-from prismserve.compression.apply import apply_visual
+from prismserve.compression.apply import apply_visual, plan_visual
 from prismserve.compression.base import Need, Share, Stage
 from prismserve.core.errors import EngineError, InvalidRequestError
 
@@ -182,3 +182,12 @@ def test_what_exists_only_as_trained_is_refused_with_the_reason(name, params):
     assert caught.value.field.startswith("compression.visual")
     if not params:
         assert "needs its own trained weights" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cls_topk", "divprune", "dpp", "random"])
+def test_the_order_of_a_nested_method_says_what_every_smaller_budget_keeps(name, make_features):
+    features = make_features(60)
+    plan = plan_visual(features, spec_of(name, keep=40))
+    for keep in (1, 7, 39):
+        smaller = plan_visual(features, spec_of(name, keep=keep))
+        assert torch.equal(plan.indices[plan.order[:keep]].sort().values, smaller.indices)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import argparse
 
 STAGES: Final = ("visual", "prefill", "codec")
+_LAYERS: Final = 32
+"""Of the decoder whose cuts say what a prefill method needs; only their number depends on it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +26,7 @@ def listed() -> list[dict[str, Any]]:
     """One entry per method, by stage and name, as the methods declare it."""
     from prismserve.compression import loader  # torch comes with it
 
-    finders = {"visual": loader.visual_method, "prefill": loader.prefill_method, "codec": loader.codec}
-    return [_entry(finders[stage](name)) for stage in STAGES for name in loader.names(stage)]
+    return [_entry(loader.method_of(stage, name)) for stage in STAGES for name in loader.names(stage)]
 
 
 def _entry(method: Any) -> dict[str, Any]:
@@ -38,11 +39,22 @@ def _entry(method: Any) -> dict[str, Any]:
         "share": None if share is None else str(share),
         "training_free": method.training_free,
         "weights": "none needed" if method.training_free else "not loaded",
-        "needs": sorted(str(need) for need in getattr(method, "needs", ())),
+        "needs": sorted(_needs(method)),
         "version": method.version,
         "source": method.source,
         "parameters": parameters,
     }
+
+
+def _needs(method: Any) -> set[str]:
+    """What must be there beside the tokens: of the vision encoder, or of the layers around a prefill method's cuts."""
+    if not hasattr(method, "cuts"):
+        return {str(need) for need in getattr(method, "needs", ())}
+    found = {"whole_grid"} if method.whole else set()
+    for cut in method.cuts(method.Config(), _LAYERS):
+        found |= {str(need) for need in cut.needs}
+        found |= {f"{cut.raters}_attention"} if cut.raters != "none" else set()
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
