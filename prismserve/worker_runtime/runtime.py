@@ -39,6 +39,7 @@ from prismserve.protocol.channel import SERVER_OPTIONS, ClusterSecretInterceptor
 from prismserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
 from prismserve.worker_runtime.exchange import Exchange, Fetched
 from prismserve.worker_runtime.local import LocalJobs
+from prismserve.worker_runtime.memory_pool import MemoryPool
 from prismserve.worker_runtime.peers import PeerDirectory
 from prismserve.worker_runtime.service import WorkerService
 from prismserve.worker_runtime.sessions import RequestRef, SessionTable
@@ -81,6 +82,7 @@ class WorkerRuntime:
     index: KVIndex
     peers: PeerDirectory
     exchange: Exchange
+    memory_pool: MemoryPool
     tiering: Tiering
     model: VisionLanguageModel
 
@@ -169,6 +171,7 @@ class WorkerRuntime:
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)
+        self.memory_pool = MemoryPool(self)
         self.add_handler(pb.JOB_LOCAL, LocalJobs(self))
         await server.start()
         self._server = server
