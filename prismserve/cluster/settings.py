@@ -92,6 +92,12 @@ class Settings(FrozenConfig):
         allow_inf_nan=False,
         description="CPU cores each worker asks Ray for (count, fractions allowed); unset: an equal share.",
     )
+    threads_per_worker: PositiveInt | None = Field(
+        default=None,
+        description="Threads each worker computes with (count); unset: the whole cores of `cpus_per_worker`, and where "
+        "that is unset too, the cores a worker may use by its affinity and control groups divided by the workers that "
+        "fit on its node.",
+    )
     redis_url: str | None = Field(
         default=None,
         repr=False,

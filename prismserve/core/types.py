@@ -433,6 +433,7 @@ class WorkerStats:
     """
 
     worker_id: str = ""
+    threads: int = 0
     waiting: int = 0
     running: int = 0
     kv_blocks_total: int = 0

@@ -15,22 +15,19 @@ from prismserve.core.errors import (
     OutOfBlocksError,
     OverloadedError,
 )
-from prismserve.core.types import KVLayout, WorkerStats
+from prismserve.core.types import WorkerStats
 from prismserve.engine.blocks import BlockManager
+from prismserve.engine.checks import accepts_layers, check_arrival, check_compactable, check_taps
 from prismserve.engine.constraints import ConstraintCompiler, checked_matcher
 from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
-from prismserve.engine.graphs import DecodeGraphs, replay_for
+from prismserve.engine.foundation import lay_foundation
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
 from prismserve.engine.metrics import Counters, MovingAverage
-from prismserve.engine.pool import KVPool
-from prismserve.engine.prefix_cache import CacheOwner
-from prismserve.engine.profile import profile_bytes
 from prismserve.engine.pruning import plan_pruning
 from prismserve.engine.runner import ModelRunner
 from prismserve.engine.sequence import Sequence, State, Work
-from prismserve.engine.sizing import free_memory, kv_dtype, kv_format, plan_kv_groups
 from prismserve.engine.stepper import Stepper
 from prismserve.engine.vision import VisionPipeline
 
@@ -41,7 +38,7 @@ if TYPE_CHECKING:
     from prismserve.core.types import BlockKey, PrefillReport, Request, TokenLogprobs, TokenOutput
     from prismserve.engine.config import EngineConfig
     from prismserve.engine.constraints import Matcher
-    from prismserve.engine.prefix_cache import CacheEvents
+    from prismserve.engine.prefix_cache import CacheEvents, CacheOwner
     from prismserve.engine.taps import Taps
     from prismserve.models.base import VisionLanguageModel
     from prismserve.models.processing import Processor
@@ -79,24 +76,9 @@ class Engine:
         if self.max_model_len > model.max_model_len:
             message = f"max_model_len {self.max_model_len} is beyond the model's own {model.max_model_len}"
             raise ConfigurationError(message, field="max_model_len")
-        decoder = model.decoder.config
-        self.layout = KVLayout(
-            dtype=kv_dtype(config.kv_cache_dtype, model.dtype),
-            layers=decoder.layers,
-            kv_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            block_tokens=config.block_tokens,
-            position_scheme=decoder.position_scheme,
-            kv_format=kv_format(config.kv_cache_dtype, decoder.head_dim),
-        )
-        free, share = free_memory(model.device)
-        if config.kv_cache_bytes is None:
-            free = max(0, free - profile_bytes(model, self.layout, config.max_step_tokens))
-        groups = plan_kv_groups(config, self.layout, free, self.max_model_len, share=share)
-        replay = replay_for(config, decoder, model.device)
-        self.pool = KVPool(self.layout, groups, model.device, scratch=replay is not None)
-        per_sequence = self.pool.blocks_for(self.max_model_len)
-        graphs = None if replay is None else DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay)
+        foundation = lay_foundation(model, config, self.max_model_len)
+        self.layout = foundation.layout
+        self.pool = foundation.pool
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
         self._processor = processor
@@ -108,7 +90,7 @@ class Engine:
             model=model,
             blocks=self._blocks,
             images=self._images,
-            runner=ModelRunner(model, self.pool, graphs),
+            runner=ModelRunner(model, self.pool, foundation.graphs),
             config=config,
             max_model_len=self.max_model_len,
             clock=clock,
@@ -151,12 +133,7 @@ class Engine:
         sequence = self._create(request, work, namespace, matcher)
         self._check_new(sequence)
         if taps is not None:
-            if max(taps.layers) >= self.layout.layers or max(taps.all_slots) >= sequence.length:
-                message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
-                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
-            if sequence.pruning is not None:
-                message = "rows of a prompt under a prefill method leave between layers and cannot be tapped"
-                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+            check_taps(taps, sequence, self.layout)
             taps.begin(sequence.length, exact_keys=self.layout.quantised)
         sequence.taps = taps
         self._sequences[sequence.identity] = sequence
@@ -209,16 +186,7 @@ class Engine:
             EngineError: the request holds no KV here, or an export or import is reading or writing it.
         """
         sequence = self._holder(request_id, attempt)
-        decoder = self._model.decoder.config
-        if decoder.windows or decoder.bidirectional_images:
-            message = "KV of a model with sliding windows or bidirectional images cannot be compacted yet"
-            raise EngineError(message, request_id=request_id)
-        if sequence.staged:
-            message = "the request's prompt is on its way through a prefill method, so it cannot be compacted"
-            raise EngineError(message, request_id=request_id)
-        if sequence.streamed:
-            message = "an export reads this request's KV layer by layer, so it cannot be compacted"
-            raise EngineError(message, request_id=request_id)
+        check_compactable(sequence, self._model.decoder.config)
         self._blocks.compact(sequence, layer, keep)
 
     def export_view(self, request_id: str, attempt: int) -> ExportView:
@@ -282,18 +250,7 @@ class Engine:
             EngineError: the ticket has ended, or does not fit what is said; an open ticket stays open.
         """
         sequence = self._imports.peek(ticket)
-        if (request.request_id, request.attempt) != sequence.identity or not first_token_ids:
-            message = "an import ends with its own request and at least one token"
-            raise EngineError(message, request_id=ticket.request_id)
-        if next_position != sequence.next_position:
-            message = f"the first token is said to be at position {next_position}, expected {sequence.next_position}"
-            raise EngineError(message, request_id=ticket.request_id)
-        if any(not 0 <= token < self._model.vocab_size for token in first_token_ids):
-            message = f"a first token lies outside the vocabulary of {self._model.vocab_size}"
-            raise EngineError(message, request_id=ticket.request_id)
-        if len(first_logprobs) != (0 if request.sampling.logprobs is None else len(first_token_ids)):
-            message = f"{len(first_token_ids)} first tokens come with {len(first_logprobs)} log-probabilities"
-            raise EngineError(message, request_id=ticket.request_id)
+        check_arrival(sequence, request, first_token_ids, next_position, first_logprobs, self._model.vocab_size)
         if layer_tokens is not None and not self.import_accepts(ticket, layer_tokens):
             message = f"{layer_tokens} slots by layer do not fit the request's prompt of {ticket.prompt_tokens}"
             raise EngineError(message, request_id=ticket.request_id)
@@ -306,10 +263,7 @@ class Engine:
 
     def import_accepts(self, ticket: ImportTicket, layer_tokens: tuple[int, ...]) -> bool:
         """Whether KV of so many slots in each layer can be that of the ticket's request."""
-        pruning = self._imports.peek(ticket).pruning
-        if pruning is None:
-            return layer_tokens == (ticket.prompt_tokens,) * self.layout.layers
-        return pruning.accepts(layer_tokens, ticket.prompt_tokens)
+        return accepts_layers(self._imports.peek(ticket), ticket, layer_tokens, self.layout.layers)
 
     def abort_import(self, ticket: ImportTicket) -> None:
         """Free a ticket's blocks (an import's or an adoption's); nothing happens if it has ended."""
@@ -356,17 +310,7 @@ class Engine:
         Returns:
             Whose block it is; None if it is not cached, or was given to somebody else while it was copied.
         """
-        prefix = self._blocks.prefix
-        found = prefix.full_block(key)
-        if found is None:
-            return None
-        group, owner = found
-        (tag,) = self.pool.tags((group,))
-        self.pool.memory.copy_group_out(group, target)
-        # A full, listed block does not change; what left the list meanwhile has another tag, or another key.
-        if prefix.full_block(key) != found or self.pool.tags((group,)) != (tag,):
-            return None
-        return CacheOwner(owner, prefix.share_of(owner))
+        return self._blocks.copy_out(key, target)
 
     def held_blocks(self, keys: Items[BlockKey]) -> int:
         """How many leading ones of ``keys`` are cached now; a hint that may be asked for from any thread."""

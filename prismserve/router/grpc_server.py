@@ -190,6 +190,9 @@ class InferenceServicer(rpc.InferenceServicer):
                     yield self._response(request_id, event)
         except PrismServeError as error:
             await _abort(context, error)
+        except Exception as error:  # a call's outermost frame: gRPC itself would tell the caller what it was
+            logger.exception("unexpected error while serving a call")
+            await _abort(context, error)
 
     def _tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
         """Who is asking; AuthenticationError if that is not known."""
@@ -241,7 +244,7 @@ class InferenceServicer(rpc.InferenceServicer):
         return pb.GetStatusResponse(json=json.dumps(self._service.status()))
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: PrismServeError) -> NoReturn:
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     failure = failure_of(error)
     trailing = []
     if failure.param is not None:

@@ -19,7 +19,7 @@ from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol.convert import request_to_proto
 from prismserve.router.estimates import CostBook, Outcome
 from prismserve.router.mailbox import Mailbox
-from prismserve.router.policy import CacheView, LoadView, RequestView, place
+from prismserve.router.policy import DECODES, CacheView, LoadView, RequestView, place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,9 +149,12 @@ class Placer:
                 session.send_if_room(cancel)
 
     def _workers(self, avoid: frozenset[str]) -> list[WorkerInfo]:
+        """Candidates. Where nobody else decodes, a worker that failed may, but not with a prefill worker that did."""
         known = [session.current for session in self._pool.sessions if session.state in _SHARING]
         rest = [info for info in known if info.worker_id not in avoid]
-        return rest or known
+        if any(info.role in DECODES and info.state is WorkerState.READY for info in rest):
+            return rest
+        return [info for info in known if info.role in DECODES or info.worker_id not in avoid]
 
     def _near(self, near: str | None, avoid: frozenset[str]) -> RouteDecision | None:
         ready = (session.info.worker_id for session in self._pool.sessions if session.state is WorkerState.READY)
@@ -174,12 +177,7 @@ class Placer:
         cache = CacheView(exact, wire, tuple(self._mirror.holders(key) for key in prepared.image_keys))
         view = self._view(prepared, request)
         rates = self.book.rates(load.stats) if self._config.measured_costs else None
-        try:
-            decision = place(view, self._workers(avoid), cache, load, self._config, rates)
-        except WorkerUnavailableError:
-            if not avoid:
-                raise
-            decision = place(view, self._workers(frozenset()), cache, load, self._config, rates)
+        decision = place(view, self._workers(avoid), cache, load, self._config, rates)
         _log_decision(request, decision)
         return decision
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prismserve.core.types import WorkerInfo
     from prismserve.router.config import RouterConfig
 
-_DECODES: Final = (Role.DECODE, Role.MIXED)
+DECODES: Final = (Role.DECODE, Role.MIXED)
 _PREFILLS: Final = (Role.PREFILL, Role.MIXED)
 _CANDIDATES: Final = 8
 """Prefill workers that are compared in detail, the least busy of all."""
@@ -147,7 +147,7 @@ def place(
         WorkerUnavailableError: no worker that decodes is ready.
     """
     ready = [w for w in workers if w.state is WorkerState.READY]
-    decoders = [w for w in ready if w.role in _DECODES]
+    decoders = [w for w in ready if w.role in DECODES]
     if not decoders:
         message = "no decode worker is ready; try again shortly"
         raise WorkerUnavailableError(message)

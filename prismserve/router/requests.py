@@ -279,7 +279,8 @@ class RequestBuilder:
         scoring: tuple[int, ...] | None,
     ) -> Prompt:
         if call.messages is not None:
-            tokens: Sequence[int | MediaSlot] = self._processor.render_chat(call.messages)
+            times = {index: item.times for index, item in enumerate(media) if item.times is not None}
+            tokens: Sequence[int | MediaSlot] = self._processor.render_chat(call.messages, times)
         elif call.prompt_ids is not None:
             self._refuse_placeholder(call.prompt_ids)
             tokens = call.prompt_ids

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from grpc import aio
 
+from prismserve.core.cores import share_of, visible_cores
 from prismserve.core.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -26,7 +27,6 @@ from prismserve.engine.loop import EngineLoop
 from prismserve.kernels.dispatch import set_native
 from prismserve.kv_transfer.arena import Arena
 from prismserve.kv_transfer.hub import TransportHub
-from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.kv_transfer.index.lease import WorkerLease
 from prismserve.kv_transfer.receiver import Receiver
@@ -116,7 +116,8 @@ class WorkerRuntime:
         """Load the model and build the engine; ModelLoadError or ConfigurationError say why not."""
         config = self.config
         self._loop = asyncio.get_running_loop()
-        torch.set_num_threads(config.threads)
+        # Native kernels take their number from here, and share PyTorch's pool.
+        torch.set_num_threads(config.threads or share_of(visible_cores(), config.node_workers))
         set_native(on=config.engine.native_kernels)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.tiering = await asyncio.to_thread(Tiering, self, config.tiers, self._on_tier)
@@ -141,7 +142,7 @@ class WorkerRuntime:
     async def serve(self) -> None:
         """Open the data plane and register; from here on routers find the worker."""
         config = self.config
-        self.index = await open_index(config.index_url, config.cluster_id)
+        self.index = await open_index(config.index_url, config.cluster_id, config.index)
         worker_id = f"{config.role.value}-{secrets.token_hex(4)}"
         server = aio.server(
             interceptors=[ClusterSecretInterceptor(config.cluster_secret)], options=list(SERVER_OPTIONS)
@@ -167,7 +168,7 @@ class WorkerRuntime:
             endpoint=self.hub.endpoint(),
             state=WorkerState.STARTING,
         )
-        self.lease = WorkerLease(self.index, info, self._held_keys, IndexConfig())
+        self.lease = WorkerLease(self.index, info, self._held_keys, config.index)
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)
@@ -359,6 +360,7 @@ class WorkerRuntime:
         return dataclasses.replace(
             self.engine.stats(),
             worker_id=self.info.worker_id,
+            threads=torch.get_num_threads(),
             transfers=counters.transfers,
             transfer_bytes=counters.sent_bytes,
             transfer_raw_bytes=counters.raw_bytes,

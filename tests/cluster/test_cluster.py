@@ -24,6 +24,7 @@ import pytest
 
 from prismserve.client import Client
 from prismserve.cluster.served import ServedCluster
+from prismserve.core.cores import visible_cores
 from prismserve.models.reference.scenes import make_scene
 
 pytestmark = pytest.mark.timeout(240)
@@ -99,6 +100,9 @@ def test_the_usage_block_tells_who_did_what(client: openai.OpenAI) -> None:
 
 def test_workers_are_processes_of_their_own(cluster: ServedCluster) -> None:
     workers = status(cluster)["workers"]
+    threads = [worker["stats"]["threads"] for worker in workers]
+    assert min(threads) >= 1
+    assert sum(threads) <= max(len(workers), visible_cores()), "they would fight over the cores"
     assert sorted(worker["role"] for worker in workers) == ["decode", "prefill"]
     assert len({worker["pid"] for worker in workers}) == 2
     for worker in workers:

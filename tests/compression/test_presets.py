@@ -60,7 +60,7 @@ def test_what_is_left_out_comes_from_the_preset_or_the_default(value, default, e
         ({"preset": "visionzip"}, UnknownMethodError, "compression.preset", "available: off, quality, balanced, turbo"),
         ({"visual": 5}, InvalidRequestError, "compression.visual", "a number"),
         ({"visual": [1]}, InvalidRequestError, "compression.visual", "a list"),
-        ({"visual": "nope"}, UnknownMethodError, "compression.visual.method", "cdpruner, cls_topk, "),
+        ({"visual": "nope"}, UnknownMethodError, "compression.visual.method", "cdpruner, chatunivi, cls_topk, "),
         ({"visual": "../base"}, UnknownMethodError, "compression.visual.method", "available"),
         ({"visual": {"method": "_budget"}}, UnknownMethodError, "compression.visual.method", "available"),
         ({"visual": {"method": False}}, InvalidRequestError, "compression.visual.method", "a boolean"),

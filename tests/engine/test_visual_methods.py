@@ -12,7 +12,11 @@ from prismserve.compression.base import Need, Share
 from prismserve.core.types import CompressionPlan
 from prismserve.models.processing import ChatMessage
 
-METHODS = [name for name in loader.names("visual") if Need.TEXT_TOWER not in loader.visual_method(name).needs]
+METHODS = [
+    name
+    for name in loader.names("visual")
+    if loader.visual_method(name).training_free and Need.TEXT_TOWER not in loader.visual_method(name).needs
+]
 
 
 def published(workshop, name, question):
