@@ -231,8 +231,8 @@ class Generator:
                 await self._pool.wait_change(min(left_s, _PLACE_POLL_S))
                 continue
             progress.attempts += 1
-            progress.last = attempt.decision
-            self._metrics.routed(attempt.decision.reason)
+            progress.prepared, progress.last = attempt.prepared, attempt.decision
+            self._metrics.routed(attempt.decision)
             return attempt
 
     async def _follow(self, progress: _Progress, attempt: Attempt) -> AsyncGenerator[GenerationEvent, None]:
@@ -256,6 +256,8 @@ class Generator:
                 # The KV has arrived: what becomes of the prefill worker does not matter any more.
                 self._placer.release(attempt, prefill)
                 sender = None
+            if output.report is not None and output.token_ids:
+                self._metrics.predicted(self._placer.learn(attempt, output.report))
             shown = self._take(progress, output)
             if shown or output.token_ids:
                 yield TextDelta(shown, output.token_ids, output.logprobs, decode)

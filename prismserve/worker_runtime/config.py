@@ -19,7 +19,12 @@ class WorkerConfig(FrozenConfig):
     model_directory: str
     dtype: str = Field(default="auto", description="auto, float32 or bfloat16")
     device: str = Field(default="cpu", description="torch device, for example cpu or cuda")
-    threads: PositiveInt = Field(default=1, description="torch intra-op threads of this process")
+    threads: PositiveInt | None = Field(
+        default=1,
+        description="threads that PyTorch and the native kernels compute with; none: cores visible to the process "
+        "divided by ``node_workers``",
+    )
+    node_workers: PositiveInt = Field(default=1, description="workers that may share this machine, this one included")
     host: str = Field(default="127.0.0.1", description="address the data-plane server binds to and is reached at")
     cluster_id: str
     cluster_secret: str = Field(repr=False)

@@ -27,16 +27,22 @@ class LocalJobs:
 
     async def submit(self, submission: Submission) -> None:
         """Fetch what peers hold, then hand the request to the engine."""
-        await self._runtime.exchange.fetch(submission, "local")
+        fetched = await self._runtime.exchange.fetch(submission, "local")
         request = submission.request
         matcher = await self._runtime.matcher(request)
-        await self._runtime.on_engine(lambda engine: engine.submit(request, worker="local", matcher=matcher))
+        self._runtime.fetched[submission.ref] = fetched
+        try:
+            await self._runtime.on_engine(lambda engine: engine.submit(request, worker="local", matcher=matcher))
+        except BaseException:
+            self._runtime.fetched.pop(submission.ref, None)
+            raise
 
     async def cancel(self, ref: RequestRef) -> None:
         """Drop it from the engine, whatever job it belongs to.
 
         A crowd that leaves at once shares one call of the engine.
         """
+        self._runtime.fetched.pop(ref, None)
         self._cancelled.append(ref)
         if self._cancelling is None or self._cancelling.done():
             self._cancelling = asyncio.create_task(self._cancel_all(), name="cancel")
