@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -87,16 +88,19 @@ class PeerDirectory:
         self._infos: dict[str, WorkerInfo] = {}
         self._read_at = float("-inf")
         self._peers: dict[tuple[str, int], Peer] = {}
+        self._refreshing: asyncio.Task[None] | None = None
 
     async def find(self, worker_id: str, epoch: int | None = None) -> Peer:
         """The worker of this id, and of this epoch if one is given; WorkerUnavailableError if it is not registered."""
         info = self._infos.get(worker_id)
         if info is None or (epoch is not None and info.epoch != epoch):
-            await self._refresh(force=True)
+            await self._refresh()
             info = self._infos.get(worker_id)
-        else:
-            await self._refresh(force=False)
-            info = self._infos.get(worker_id, info)
+        elif self._clock() - self._read_at >= REGISTRY_CACHE_S and (
+            self._refreshing is None or self._refreshing.done()
+        ):
+            # Not waited for: a registry that does not answer must not hold up a request to a worker that is known.
+            self._refreshing = asyncio.create_task(self._refresh(), name="registry-refresh")
         if info is None or (epoch is not None and info.epoch != epoch):
             suffix = "" if epoch is None else f" in epoch {epoch}"
             message = f"worker {worker_id} is not registered{suffix}"
@@ -106,14 +110,12 @@ class PeerDirectory:
             peer = self._peers[worker_id, info.epoch] = Peer(info, self._secret)
         return peer
 
-    async def _refresh(self, *, force: bool) -> None:
-        """Read the registry if the copy is old; an unreachable registry leaves what is known."""
-        if not force and self._clock() - self._read_at < REGISTRY_CACHE_S:
-            return
+    async def _refresh(self) -> None:
+        """Read the registry; an unreachable one leaves what is known."""
         try:
             infos = await self._index.workers()
         except IndexUnavailableError:
-            if force and not self._infos:
+            if not self._infos:
                 raise
             return
         self._read_at = self._clock()
@@ -124,6 +126,9 @@ class PeerDirectory:
 
     async def close(self) -> None:
         """Close every channel."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
         for peer in self._peers.values():
             await peer.close()
         self._peers.clear()
