@@ -74,7 +74,7 @@ async def over_grpc(cluster: Any, request: pb.GenerateRequest, *, send_bytes_max
     options = [("grpc.max_send_message_length", send_bytes_max), ("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(cluster.grpc_address, options=options) as channel:
         try:
-            replies = [reply async for reply in rpc.InferenceStub(channel).Generate(request, timeout=20)]
+            replies = [reply async for reply in rpc.InferenceStub(channel).Generate(request, timeout=60)]
         except grpc.aio.AioRpcError as error:
             assert_tells_nothing(error.details() or "")
             status = {code: number for number, code in reversed(GRPC_OF_HTTP.items())}.get(error.code(), 500)
