@@ -239,7 +239,11 @@ class _WorkerProcess:
         if not self._pipe.poll(START_TIMEOUT_S):
             message = "a worker did not start in time"
             raise RuntimeError(message)
-        self._pipe.recv()
+        try:
+            self._pipe.recv()
+        except EOFError:
+            message = "a worker ended while it was starting"
+            raise RuntimeError(message) from None
 
     def stop(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -119,7 +119,7 @@ class Exchange:
         await runtime.tiering.restore_images(submission, worker)
         wanted: list[Awaitable[int]] = []
         if submission.pull_from and submission.pull_blocks and submission.pull_from != runtime.info.worker_id:
-            wanted.append(self._fetch_prefix(submission, worker))
+            wanted.append(self.fetch_prefix(submission, worker))
         holders = dict(enumerate(submission.embedding_holders))
         seen: set[bytes] = set()
         for position, segment in enumerate(request.prompt.media_segments()):
@@ -139,8 +139,12 @@ class Exchange:
                 raise outcome
         return Fetched(time.monotonic() - started_s, restored_tokens, pulled_tokens)
 
-    async def _fetch_prefix(self, submission: Submission, worker: Literal["local", "prefill"]) -> int:
-        """Pull leading blocks; returns tokens that were missing here."""
+    async def fetch_prefix(self, submission: Submission, worker: Literal["local", "prefill"]) -> int:
+        """Pull leading blocks and insert them; returns tokens that were missing here.
+
+        Raises:
+            PrismServeError: the holder is gone, does not hold them or is too slow, or there is no room.
+        """
         runtime, request = self._runtime, submission.request
         peer = await runtime.peers.find(submission.pull_from)
         layout = runtime.engine.layout
