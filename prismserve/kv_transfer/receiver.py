@@ -19,6 +19,7 @@ from prismserve.core.errors import (
     TransportError,
 )
 from prismserve.core.types import KVLayout, Manifest, Payload, Reservation
+from prismserve.kv_transfer.conversion import Side, check_convertible
 from prismserve.kv_transfer.hub import TransportHub
 from prismserve.kv_transfer.landing import KVSink, Landing, Outcome, RawSink, Scratch, Settled
 from prismserve.kv_transfer.leases import LeaseTable
@@ -119,8 +120,12 @@ class Receiver:
 
         Raises:
             OverloadedError: no room now, or too many leases.
+            IncompatibleLayoutError: the sender's KV cannot be converted to this worker's layout.
             TransferError: the arena could never hold it, or the receiver is closed.
         """
+        if expected.source_layout is not None:
+            source = Side(expected.source_worker, expected.source_layout)
+            check_convertible(source, Side(self._hub.worker_id, self._layout), expected.codec)
         with self._lock:
             if self._closed:
                 raise TransferError("the worker is shutting down and receives no more KV")
