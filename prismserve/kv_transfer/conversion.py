@@ -54,7 +54,9 @@ def check_convertible(source: Side, target: Side, codec: MethodSpec) -> None:
         raise refusal(source, target, why)
     exact = [spec.name for spec in table(codec) if not loader.codec(spec.name).lossy]
     if exact and "kv_format" in found and source.layout.quantised:
-        why = f"text or the last tokens would travel as {source.layout.kv_format} rows; set wire.text same and residual 0"
+        why = (
+            f"text or the last tokens would travel as {source.layout.kv_format} rows; set wire.text same and residual 0"
+        )
         raise refusal(source, target, why)
 
 
@@ -80,6 +82,8 @@ def convert(tensor: torch.Tensor, source: KVLayout, target: KVLayout) -> torch.T
 
     Args:
         tensor: [tokens, kv_heads, head_dim] in the source's dtype, or rows of codes where both sides have one format.
+        source: the layout it was decoded by.
+        target: the layout it is wanted in.
 
     Returns:
         The same in the target's dtype: rounded to nearest even where it is narrower, the tensor itself where it is equal.

@@ -233,7 +233,9 @@ class Exchange:
             source = Side(runtime.info.worker_id, runtime.engine.layout)
             target = Side(message.target_worker, peer.info.layout)
             check_registered(target, message.layout_fingerprint)
-            raise refusal(source, target, "keys of cached blocks name one layout, so they are pulled between equal ones")
+            raise refusal(
+                source, target, "keys of cached blocks name one layout, so they are pulled between equal ones"
+            )
         if message.embedding_key:
             return await self._serve_embedding(message, peer)
         return await self._serve_blocks(message, peer)

@@ -54,7 +54,9 @@ def test_a_message_has_the_fields_that_the_page_lists(name):
 
 def test_every_message_between_workers_is_on_the_page():
     methods = pb.DESCRIPTOR.services_by_name["Worker"].methods
-    asked = {kind.name for method in methods if method.name != "Session" for kind in (method.input_type, method.output_type)}
+    asked = {
+        kind.name for method in methods if method.name != "Session" for kind in (method.input_type, method.output_type)
+    }
     assert asked | {"Extent", "Manifest", "Payload"} == set(MESSAGES)
 
 
@@ -75,7 +77,9 @@ def test_versions_and_caps_are_those_of_the_code():
 
 def test_notifications_are_the_arrays_that_the_page_lists():
     body = section("Notifications")
-    fields = {int(kind): quoted(row) for kind, row in re.findall(r"^\| (\d) .*?\| (`version`.*?)\|$", body, re.MULTILINE)}
+    fields = {
+        int(kind): quoted(row) for kind, row in re.findall(r"^\| (\d) .*?\| (`version`.*?)\|$", body, re.MULTILINE)
+    }
     payload = Payload(1, 2, 3, 4, 5, bytes(16), 2)
     arrays = (wire.encode_payloads(7, 8, [payload]), wire.encode_end(7, 8), wire.encode_probe())
     for kind, raw in enumerate(arrays, start=1):

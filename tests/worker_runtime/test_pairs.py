@@ -50,9 +50,7 @@ async def world(open_world: Callable[[], Any], tmp_path_factory: pytest.TempPath
         made = open_world()
         pool = 48 << 20
         await made.add(Role.PREFILL, transfer=transfer)
-        await made.add(
-            Role.PREFILL, transfer=transfer, engine=EngineConfig(kv_cache_bytes=pool, kv_cache_dtype="int8")
-        )
+        await made.add(Role.PREFILL, transfer=transfer, engine=EngineConfig(kv_cache_bytes=pool, kv_cache_dtype="int8"))
         await made.add(Role.DECODE, transfer=transfer, engine=EngineConfig(kv_cache_bytes=pool, block_tokens=64))
         yield made
     for package, name, _ in ADDED:
