@@ -122,13 +122,14 @@ def _tcp(options: argparse.Namespace) -> tuple[links.Samples, str]:
 
 def _measure_tcp(sizes: Sequence[int], rounds: int, cache: Path, path: Path) -> None:
     missing = ""
+    processors = links.halves()
     with contextlib.ExitStack() as stack:
         others: list[links.Contender] = []
         try:
-            others.append(stack.enter_context(mooncake.opened(cache, max(sizes))))
+            others.append(stack.enter_context(mooncake.opened(cache, max(sizes), processors)))
         except RuntimeError as error:
             missing = str(error).splitlines()[0]
-        samples = links.measure(sizes, ("nixl",), others, rounds=rounds)
+        samples = links.measure(sizes, ("nixl",), others, rounds=rounds, processors=processors)
     told = [(name, nbytes, rounds) for (name, nbytes), rounds in samples.rounds.items()]
     path.write_text(json.dumps({"rounds": told, "missing": missing}), encoding="utf-8")
 

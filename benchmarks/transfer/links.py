@@ -70,6 +70,16 @@ def writes(nbytes: int) -> int:
     return max(2, min(_ROUND_WRITES_MAX, _ROUND_BYTES // nbytes))
 
 
+def halves() -> tuple[set[int], set[int]]:
+    """Processors of those who write and of those who are written to; the same where there is one only.
+
+    Two processes that ask without pause and share a processor would measure how long the scheduler's turns are.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    half = len(allowed) // 2
+    return (set(allowed[:half]), set(allowed[half:])) if half else (set(allowed), set(allowed))
+
+
 # ---- the other process --------------------------------------------------------------------------------------------
 
 
@@ -119,12 +129,17 @@ def _nixl() -> Any:
     return _api
 
 
+def _serve_on(processors: set[int], serve: Callable[..., None], connection: Connection, *arguments: Any) -> None:
+    os.sched_setaffinity(0, processors)
+    serve(connection, *arguments)
+
+
 @contextlib.contextmanager
-def process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[Connection, Any]]:
-    """Another process that runs ``serve``; its first message."""
+def process(processors: set[int], serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[Connection, Any]]:
+    """Another process that runs ``serve`` on some processors; its first message."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    child = context.Process(target=serve, args=(there, *arguments), daemon=True)
+    child = context.Process(target=_serve_on, args=(processors, serve, there, *arguments), daemon=True)
     child.start()
     there.close()
     try:
@@ -249,7 +264,12 @@ class Raw:
 
 
 def measure(
-    sizes: Sequence[int], transports: Sequence[str], others: Sequence[Contender] = (), *, rounds: int = ROUNDS
+    sizes: Sequence[int],
+    transports: Sequence[str],
+    others: Sequence[Contender] = (),
+    *,
+    rounds: int = ROUNDS,
+    processors: tuple[set[int], set[int]] | None = None,
 ) -> Samples:
     """Rounds of all contenders, taking turns at each size, so that what else the machine does meets all of them alike.
 
@@ -258,18 +278,22 @@ def measure(
         transports: ours.
         others: contenders beside memcpy, ours and raw NIXL.
         rounds: how often each takes its turn at each size.
+        processors: of this process and of those it writes to; None takes :func:`halves`.
     """
     torch.set_num_threads(1)
+    here, there = processors or halves()
+    os.sched_setaffinity(0, here)
     samples = Samples()
     source = torch.ones(max(sizes), dtype=torch.uint8)
     with contextlib.ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, here | there)
         contenders: list[Contender] = [Memcpy(source)]
         for transport in transports:
-            _, peer = stack.enter_context(process(serve_ours, transport))
+            _, peer = stack.enter_context(process(there, serve_ours, transport))
             contender = Ours(transport, source, peer)
             stack.callback(contender.close)
             contenders.append(contender)
-        contenders.append(Raw(source, stack.enter_context(process(serve_raw))))
+        contenders.append(Raw(source, stack.enter_context(process(there, serve_raw))))
         contenders.extend(others)
         for _ in range(rounds):
             for nbytes in sizes:

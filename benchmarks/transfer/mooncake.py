@@ -56,9 +56,9 @@ def _variables(cache: Path) -> dict[str, str]:
 class Peer:
     """One process with one engine."""
 
-    def __init__(self, interpreter: Path, cache: Path, nbytes: int) -> None:
+    def __init__(self, interpreter: Path, cache: Path, nbytes: int, processors: set[int]) -> None:
         self._process = subprocess.Popen(
-            [interpreter, _PEER, str(nbytes)],
+            [interpreter, _PEER, str(nbytes), ",".join(map(str, sorted(processors)))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -109,12 +109,12 @@ class Mooncake:
 
 
 @contextlib.contextmanager
-def opened(cache: Path, nbytes: int) -> Iterator[Mooncake]:
-    """Two engines with ``nbytes`` of registered memory each; RuntimeError if they cannot be had."""
+def opened(cache: Path, nbytes: int, processors: tuple[set[int], set[int]]) -> Iterator[Mooncake]:
+    """Two engines with ``nbytes`` of registered memory each, on processors of their own; RuntimeError if there are none."""
     interpreter = python(cache)
     with contextlib.ExitStack() as stack:
         peers = []
-        for _ in range(2):
-            peers.append(Peer(interpreter, cache, nbytes))
+        for place in processors:
+            peers.append(Peer(interpreter, cache, nbytes, place))
             stack.callback(peers[-1].close)
         yield Mooncake(*peers)

@@ -15,6 +15,7 @@ from mooncake.engine import TransferEngine
 
 def main() -> None:
     """Serve until standard input closes."""
+    os.sched_setaffinity(0, {int(number) for number in sys.argv[2].split(",")})
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the engine's log must not disturb the answers
     memory = bytearray(int(sys.argv[1]))
