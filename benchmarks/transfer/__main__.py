@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=end_to_end.IMAGES, help="new pictures for each plan")
     parser.add_argument("--per-family", type=int, default=end_to_end.PER_FAMILY, help="questions of each family")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "prismserve" / "benchmarks")
+    parser.add_argument("--cache", type=Path, default=Path("~/.cache/prismserve-bench").expanduser())
     parser.add_argument("--tcp-samples", type=Path, help=argparse.SUPPRESS)
     return parser
 

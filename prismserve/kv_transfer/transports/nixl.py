@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
-import torch
 from pydantic import Field
 
 from prismserve.core.config import FrozenConfig, PositiveInt
