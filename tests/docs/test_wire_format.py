@@ -54,8 +54,12 @@ def test_a_message_has_the_fields_that_the_page_lists(name):
 
 def test_every_message_between_workers_is_on_the_page():
     methods = pb.DESCRIPTOR.services_by_name["Worker"].methods
+    of_routers = ("Session", "Explain")
     asked = {
-        kind.name for method in methods if method.name != "Session" for kind in (method.input_type, method.output_type)
+        kind.name
+        for method in methods
+        if method.name not in of_routers
+        for kind in (method.input_type, method.output_type)
     }
     assert asked | {"Extent", "Manifest", "Payload"} == set(MESSAGES)
 
