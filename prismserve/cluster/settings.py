@@ -31,6 +31,7 @@ from prismserve.kv_transfer.index.url import parse_url
 from prismserve.kv_transfer.tiers.config import TierConfig
 from prismserve.models.source import REFERENCE
 from prismserve.router.config import RouterConfig
+from prismserve.router.fidelity.config import FidelityConfig
 from prismserve.router.tenants import TenantsFile
 
 if TYPE_CHECKING:
@@ -134,6 +135,9 @@ class Settings(FrozenConfig):
     )
     index: IndexConfig = Field(default_factory=IndexConfig, description="Prefix index and worker registry.")
     router: RouterConfig = Field(default_factory=RouterConfig, description="Front doors, limits and placement.")
+    fidelity: FidelityConfig = Field(
+        default_factory=FidelityConfig, description="Replays of compressed requests without compression."
+    )
 
     @model_validator(mode="after")
     def _can_serve(self) -> Self:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from prismserve.engine.config import EngineConfig
     from prismserve.engine.constraints import Matcher
     from prismserve.engine.prefix_cache import CacheEvents, CacheOwner
+    from prismserve.engine.pruning import Pruning
     from prismserve.engine.taps import Taps
     from prismserve.models.base import VisionLanguageModel
     from prismserve.models.processing import Processor
@@ -59,6 +60,7 @@ class Engine:
         layout: of the KV blocks.
         pool: the blocks.
         image_cache: embeddings of images.
+        vision: encodes them; for the engine's thread alone.
         max_model_len: longest sequence, in positions.
         constraints: compiles what :meth:`submit` and :meth:`begin_import` want beside a constrained request.
     """
@@ -84,8 +86,8 @@ class Engine:
         self._processor = processor
         self._clock = clock
         self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
-        self._pipeline = VisionPipeline(model, processor, self.image_cache)
-        self._images = ImageStage(self._pipeline, self.image_cache, clock, derives=config.derive_images)
+        self.vision = VisionPipeline(model, processor, self.image_cache)
+        self._images = ImageStage(self.vision, self.image_cache, clock, derives=config.derive_images)
         self._stepper = Stepper(
             model=model,
             blocks=self._blocks,
@@ -160,6 +162,11 @@ class Engine:
         if sequence is not None and sequence.state is State.EXPORTING:
             del self._sequences[sequence.identity]
             self._stepper.drop(sequence)
+
+    def pruning(self, request_id: str, attempt: int) -> Pruning | None:
+        """The cuts of a request that is here, to be read once its first token is out; None without a prefill method."""
+        sequence = self._sequences.get((request_id, attempt))
+        return None if sequence is None else sequence.pruning
 
     # ---- single layers ---------------------------------------------------------------------------------------
 
@@ -420,7 +427,7 @@ class Engine:
         self._stepper.counters = Counters()
         self._stepper.prefill_rate = MovingAverage()
         self._stepper.step_ms = MovingAverage()
-        self._pipeline.encoded = 0
+        self.vision.encoded = 0
         self._images.derived = 0
         self._images.token_s = MovingAverage()
 
@@ -437,7 +444,7 @@ class Engine:
             prefix_hit_tokens=counters.prefix_hit_tokens,
             image_queries=counters.image_queries,
             image_hits=counters.image_hits,
-            encoded_images=self._pipeline.encoded,
+            encoded_images=self.vision.encoded,
             derived_images=self._images.derived,
             prefill_tokens=counters.prefill_tokens,
             decode_tokens=counters.decode_tokens,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from prismserve.compression.apply import carry_out, plan_visual
 from prismserve.compression.base import Need, VisualFeatures
-from prismserve.compression.loader import encoder_needs, visual_method
+from prismserve.compression.loader import config_of, encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import NO_LABEL, VisualTokens
@@ -22,6 +22,7 @@ from prismserve.models.text_tower import TextTower
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from prismserve.compression.base import VisualPlan
     from prismserve.core.types import MediaInput, MethodSpec
     from prismserve.engine.image_cache import ImageCache, ImageLabel
     from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
@@ -99,16 +100,7 @@ class VisionPipeline:
         Raises:
             InvalidRequestError: the method cannot act on this model's tokens.
         """
-        needs = encoder_needs(spec.name)
-        for kind in {item.kind for item in media} if spec.name != "none" else ():
-            reducible = self._processor.reducible_of(kind)
-            if reducible is None or needs - reducible:
-                message = f"visual method {spec.name!r} cannot act on the {kind} tokens of this model"
-                raise InvalidRequestError(message, field="compression.visual")
-        encoded = self._model.encode_images(inputs, needs - {str(Need.TEXT_TOWER)})
-        if len(encoded) != len(keys):
-            message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
-            raise EngineError(message)
+        encoded = self._encoded(media, inputs, spec)
         results: list[VisualTokens] = []
         texts = scoring_token_ids or [()] * len(keys)
         named = labels or [NO_LABEL] * len(keys)
@@ -123,6 +115,51 @@ class VisionPipeline:
             results.append(visual)
         self.encoded += len(results)
         return results
+
+    def seen_box(self, item: MediaInput) -> tuple[float, float, float, float]:
+        """The part of an image or frame that the grid of its tokens covers: left, top, right, bottom in pixels."""
+        return self._processor.seen_box(item.width_px, item.height_px)
+
+    def plans(
+        self,
+        media: Sequence[MediaInput],
+        inputs: Sequence[ImageInputs],
+        spec: MethodSpec,
+        scoring_token_ids: tuple[int, ...] = (),
+    ) -> list[VisualPlan]:
+        """What a visual method chooses of each image and video; nothing is kept.
+
+        Args:
+            media: the items.
+            inputs: from :meth:`inputs`.
+            spec: normalised visual method.
+            scoring_token_ids: the text they are looked at for.
+
+        Raises:
+            InvalidRequestError: the method cannot act on this model's tokens.
+        """
+        method, config = visual_method(spec.name), config_of(spec, "visual")
+        encoded = self._encoded(media, inputs, spec)
+        return [
+            method.plan(self._features(image, prepared.layout, item, spec, scoring_token_ids), config)
+            for image, prepared, item in zip(encoded, inputs, media, strict=True)
+        ]
+
+    def _encoded(
+        self, media: Sequence[MediaInput], inputs: Sequence[ImageInputs], spec: MethodSpec
+    ) -> list[EncodedImage]:
+        """What the encoder gives, with what the method needs of it."""
+        needs = encoder_needs(spec.name)
+        for kind in {item.kind for item in media} if spec.name != "none" else ():
+            reducible = self._processor.reducible_of(kind)
+            if reducible is None or needs - reducible:
+                message = f"visual method {spec.name!r} cannot act on the {kind} tokens of this model"
+                raise InvalidRequestError(message, field="compression.visual")
+        encoded = self._model.encode_images(inputs, needs - {str(Need.TEXT_TOWER)})
+        if len(encoded) != len(inputs):
+            message = f"the vision encoder gave {len(encoded)} results for {len(inputs)} images"
+            raise EngineError(message)
+        return encoded
 
     def _features(
         self,

@@ -284,6 +284,26 @@ class Processor:
         # Converted here as well as in the processor: some checkpoints switch its conversion off.
         return ImageInputs(self._recipe.tensors(image.convert("RGB"), alone=images == 1), layout)
 
+    def seen_box(self, width_px: int, height_px: int) -> tuple[float, float, float, float]:
+        """The part of an image that the grid of its tokens covers: left, top, right, bottom in its own pixels.
+
+        All of it, unless the checkpoint's image processor scales the shorter side and crops around the middle; where it
+        pads, the box reaches beyond the image.
+        """
+        processor = self._tools.image_processor
+        crop = getattr(processor, "crop_size", None)
+        if not getattr(processor, "do_center_crop", False) or not crop:
+            return 0.0, 0.0, float(width_px), float(height_px)
+        width, height = float(width_px), float(height_px)
+        size = dict(getattr(processor, "size", None) or {})
+        scale_x = scale_y = 1.0
+        if getattr(processor, "do_resize", False) and "shortest_edge" in size:
+            scale_x = scale_y = size["shortest_edge"] / min(width, height)
+        elif getattr(processor, "do_resize", False) and {"height", "width"} <= size.keys():
+            scale_x, scale_y = size["width"] / width, size["height"] / height
+        half_x, half_y = crop["width"] / scale_x / 2, crop["height"] / scale_y / 2
+        return width / 2 - half_x, height / 2 - half_y, width / 2 + half_x, height / 2 + half_y
+
     def render_chat(
         self, messages: Sequence[ChatMessage], times: Mapping[int, FrameTimes] | None = None
     ) -> list[int | MediaSlot]:

@@ -340,6 +340,46 @@ class Stats(_message.Message):
     link_bytes_per_s: _containers.ScalarMap[str, float]
     def __init__(self, values: _Optional[_Mapping[str, float]] = ..., state: _Optional[str] = ..., link_bytes_per_s: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: Request
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ...) -> None: ...
+
+class ExplainedMedium(_message.Message):
+    __slots__ = ("frames", "rows", "columns", "box_px")
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    BOX_PX_FIELD_NUMBER: _ClassVar[int]
+    frames: int
+    rows: int
+    columns: int
+    box_px: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, frames: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., box_px: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ExplainedStage(_message.Message):
+    __slots__ = ("stage", "method", "layer", "fates")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FATES_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    method: str
+    layer: int
+    fates: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stage: _Optional[str] = ..., method: _Optional[str] = ..., layer: _Optional[int] = ..., fates: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ExplainReply(_message.Message):
+    __slots__ = ("refusal", "media", "stages")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    refusal: str
+    media: _containers.RepeatedCompositeFieldContainer[ExplainedMedium]
+    stages: _containers.RepeatedCompositeFieldContainer[ExplainedStage]
+    def __init__(self, refusal: _Optional[str] = ..., media: _Optional[_Iterable[_Union[ExplainedMedium, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[ExplainedStage, _Mapping]]] = ...) -> None: ...
+
 class Extent(_message.Message):
     __slots__ = ("first_page", "pages", "generation")
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]

@@ -109,10 +109,13 @@ class RouterMetrics:
         model: value of the label ``model_name``.
         sessions: the sessions whose statistics are exported.
         running: requests in progress in this router.
+
+    Attributes:
+        registry: what :meth:`render` shows.
     """
 
     def __init__(self, model: str, sessions: Callable[[], list[WorkerSession]], running: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self._model = model
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _TTFT_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a request", _ITL_S)
@@ -135,26 +138,26 @@ class RouterMetrics:
             "Predicted over observed time of a part of a request, by part",
             ["model_name", "part"],
             buckets=_RATIO,
-            registry=self._registry,
+            registry=self.registry,
         )
         self._recent_errors: dict[str, Average] = {}
         self._prediction_error = Gauge(
             f"{_PREFIX}prediction_error",
             "Recent mean of |predicted - observed| over observed, by part",
             ["model_name", "part"],
-            registry=self._registry,
+            registry=self.registry,
         )
         self._visual_before = self._counter("visual_tokens_before", "Visual tokens before compression")
         self._visual_after = self._counter("visual_tokens_after", "Visual tokens after compression")
         self._kv_before = self._counter("kv_bytes_before", "KV of prompts without compression, in bytes")
         self._kv_sent = self._counter("kv_bytes_sent", "KV sent between workers for requests, in bytes")
-        active = Gauge(f"{_PREFIX}router_requests", "Requests in progress in this router", registry=self._registry)
+        active = Gauge(f"{_PREFIX}router_requests", "Requests in progress in this router", registry=self.registry)
         active.set_function(lambda: float(running()))
-        self._registry.register(_WorkerCollector(sessions, model))
+        self.registry.register(_WorkerCollector(sessions, model))
 
     def render(self) -> bytes:
         """The exposition in Prometheus' text format, version 0.0.4."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def routed(self, decision: RouteDecision) -> None:
         """One placement."""
@@ -207,7 +210,7 @@ class RouterMetrics:
         self._kv_sent.labels(model).inc(usage.kv_bytes_sent)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"{_PREFIX}{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
+        return Histogram(f"{_PREFIX}{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}{name}", text, ["model_name", *labels], registry=self._registry)
+        return Counter(f"{_PREFIX}{name}", text, ["model_name", *labels], registry=self.registry)

@@ -38,6 +38,7 @@ from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol.channel import SERVER_OPTIONS, ClusterSecretInterceptor
 from prismserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
 from prismserve.worker_runtime.exchange import Exchange, Fetched
+from prismserve.worker_runtime.explaining import Explainer
 from prismserve.worker_runtime.local import LocalJobs
 from prismserve.worker_runtime.memory_pool import MemoryPool
 from prismserve.worker_runtime.peers import PeerDirectory
@@ -82,6 +83,7 @@ class WorkerRuntime:
     index: KVIndex
     peers: PeerDirectory
     exchange: Exchange
+    explainer: Explainer
     memory_pool: MemoryPool
     tiering: Tiering
     model: VisionLanguageModel
@@ -172,6 +174,7 @@ class WorkerRuntime:
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)
+        self.explainer = Explainer(self)
         self.memory_pool = MemoryPool(self)
         self.add_handler(pb.JOB_LOCAL, LocalJobs(self))
         await server.start()

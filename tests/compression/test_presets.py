@@ -152,3 +152,23 @@ def test_any_json_gives_a_plan_or_a_request_error(value):
         assert plan.visual.fingerprint()
         assert plan.wire.fingerprint()
     assert field.split(".")[0] == presets.FIELD
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "preset"),
+    [
+        (None, "turbo", "turbo"),
+        (None, "visionzip", None),
+        ("balanced", "off", "balanced"),
+        ("visionzip", "turbo", None),
+        ({"preset": "turbo"}, "off", "turbo"),
+        ({"preset": "turbo", "visual": None}, "off", "turbo"),
+        ({}, "quality", "quality"),
+        ({"preset": "turbo", "visual": {"keep": 0.125}}, "off", None),
+        ({"visual": "visionzip"}, "turbo", None),
+        ({"wire": "int8"}, "turbo", None),
+    ],
+)
+def test_a_preset_is_asked_for_only_where_nothing_of_it_is_said_otherwise(value, default, preset):
+    presets.resolve(value, default)
+    assert presets.asked(value, default) == preset

@@ -11,9 +11,10 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from prismserve.compression import codec as codecs
-from prismserve.compression import loader, presets, visual
+from prismserve.compression import loader, prefill, presets, visual
 from prismserve.compression.apply import apply_visual
 from prismserve.compression.base import VisualFeatures
+from prismserve.compression.cuts import CutInputs, Grid
 from prismserve.core.errors import IncompatibleLayoutError, ModelLoadError, UnknownMethodError
 from prismserve.core.types import KVLayout
 from prismserve.models import checkpoint
@@ -65,6 +66,26 @@ def test_a_visual_method_is_one_file(add_file):
     assert loader.kept_tokens(spec, 36) == 4
 
 
+def test_a_prefill_method_is_one_file(add_file):
+    add_file(prefill, "loudest", example("add_a_prefill_method.md"))
+    spec = presets.resolve({"prefill": {"method": "loudest", "keep": 2, "layer": 3}}, "off").prefill
+    method, config = loader.prefill_method(spec.name), loader.config_of(spec, "prefill")
+    assert [cut.layer for cut in method.cuts(config, 6)] == [3]
+    assert method.kept_tokens(config, 6, 4) == (2,)
+    inputs = CutInputs(
+        layers=6,
+        cut_layers=(3,),
+        history=(4,),
+        grids=(Grid(1, 2, 2),),
+        medium=torch.zeros(4, dtype=torch.int64),
+        places=torch.arange(4),
+        sizes=torch.ones(4),
+        seed=bytes(8),
+        hidden=torch.tensor([[1.0], [-5.0], [2.0], [0.0]]),
+    )
+    assert method.plan(0, inputs, config).indices.tolist() == [1, 2]
+
+
 def test_a_codec_is_one_file(add_file):
     add_file(codecs, "half", example("add_a_codec.md"))
     spec = presets.resolve({"wire": {"codec": "half"}}, "off").wire
@@ -113,6 +134,7 @@ def layout_of(kv_heads: int, head_dim: int) -> KVLayout:
 
 def test_the_examples_are_gone_afterwards():
     assert "middle" not in loader.names("visual")
+    assert "loudest" not in loader.names("prefill")
     assert "half" not in loader.names("codec")
     assert "VipLlavaForConditionalGeneration" not in checkpoint.families()
 

@@ -56,6 +56,7 @@ class Script:
     fail: error text sent instead of tokens.
     fail_job: the one job that fails with it; every job if None.
     pause_s: before each token.
+    explanation: what is said when one is asked for.
     Log-probabilities, if asked for, are -0.5 for the token and -0.5, -1.5, ... for it and the tokens after it.
     """
 
@@ -67,6 +68,7 @@ class Script:
     answers: tuple = ()  # of one request after another, in place of token_ids
     finish: FinishReason = FinishReason.STOP
     silent: bool = False
+    explanation: pb.ExplainReply = field(default_factory=pb.ExplainReply)
 
 
 def _logprobs(token, sampling):
@@ -80,7 +82,7 @@ class ScriptedWorker(rpc.WorkerServicer):
     def __init__(self, worker_id, role, script, fabric, index):
         self.worker_id, self.role, self.script = worker_id, role, script
         self.fabric, self.index = fabric, index
-        self.submits, self.cancels = [], []
+        self.submits, self.cancels, self.explained = [], [], []
         self.sessions = 0
         self.epoch = 0
         self.server = None
@@ -125,6 +127,14 @@ class ScriptedWorker(rpc.WorkerServicer):
             for task in [reader, *self._running.values()]:
                 task.cancel()
             await asyncio.gather(reader, *self._running.values(), return_exceptions=True)
+
+    async def Explain(self, request, context):  # noqa: N802 - the name in the schema
+        self.explained.append(request.request)
+        if self.script.fail is not None:
+            return pb.ExplainReply(refusal=self.script.fail)
+        if self.script.silent:
+            await asyncio.sleep(60)
+        return self.script.explanation
 
     async def _read(self, requests, out):
         async for message in requests:

@@ -24,7 +24,7 @@ class VQTokenConfig(KeepConfig):
     """Parameters of the K-means baseline.
 
     Attributes:
-        keep: codes; 32 in the paper.
+        keep: codes.
         rounds: most rounds of K-means.
         trained: the attention of a map of codes to the codes, which was trained with VQToken's own model. No served
             family has its weights, so ``True`` is refused.
