@@ -375,6 +375,10 @@ class Engine:
         """Hold the longest leading run of ``keys`` that is cached, until :meth:`unpin`."""
         return self._imports.pin(keys)
 
+    def delete_blocks(self, keys: Items[BlockKey]) -> int:
+        """Evict a run of cached blocks, the last first; how many. What is in use, or has others after it, stays."""
+        return self._blocks.prefix.delete(keys)
+
     def unpin(self, pin_id: int) -> None:
         """Let go of pinned blocks; nothing happens if the pin has ended."""
         self._imports.unpin(pin_id)

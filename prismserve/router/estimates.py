@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 _REFRESH_S: Final = 0.25
 """How old the rates of links and tiers may be."""
 _WORKERS_MAX: Final = 1024
+_FADE_S: Final = 20.0
+"""After so long without an observation, a fading mean keeps a third of its distance from what was assumed."""
+_FADING_WEIGHT: Final = 0.2
 _MEASURABLE_S: Final = 1e-5
 """Shorter times say nothing about a prediction."""
 
@@ -54,6 +58,37 @@ class Miss:
         return abs(self.predicted_s - self.actual_s) / self.actual_s
 
 
+class Fading:
+    """A mean of recent observations that goes back to what was assumed at first while there are none.
+
+    The first transfer between two workers opens their link and takes many times what later ones do: one observation
+    raises the mean to twice its value at most.
+
+    Args:
+        assumed: the value without observations; above 0.
+        clock: monotonic, in seconds.
+    """
+
+    def __init__(self, assumed: float, clock: Callable[[], float]) -> None:
+        self._assumed = assumed
+        self._clock = clock
+        self._value = assumed
+        self._at_s = clock()
+
+    @property
+    def value(self) -> float:
+        """The mean now."""
+        age = (self._clock() - self._at_s) / _FADE_S
+        return self._assumed + (self._value - self._assumed) * math.exp(-age)
+
+    def add(self, observed: float) -> None:
+        """Take in an observation."""
+        value = self.value
+        limit = value / _FADING_WEIGHT + value
+        self._value = value + _FADING_WEIGHT * (min(observed, limit) - value)
+        self._at_s = self._clock()
+
+
 class CostBook:
     """Rates for placement: curves of prefill and encoding fitted to reports, links and tiers as workers measure them.
 
@@ -69,7 +104,10 @@ class CostBook:
         self._fits: dict[str, CurveFit] = {}
         self._curves: dict[str, PrefillCurve] = {}
         self._encode: dict[str, Average] = {}
-        self._overheads = {name: Average() for name in ("local", "remote", "restore", "pull")}
+        first = Overheads()
+        # What fetching takes is not learnt while nothing is fetched, so a bad start must not be believed for ever.
+        self._restore, self._pull = Fading(first.restore_s, clock), Fading(first.pull_s, clock)
+        self._overheads = {name: Average() for name in ("local", "remote")}
         self._rates: Rates | None = None
         self._read_at = float("-inf")
         self._prior = PrefillCurve()
@@ -139,10 +177,10 @@ class CostBook:
         rates = self._rates or Rates()
         if report.pulled_tokens and not report.restored_tokens and decision.pull_from is not None:
             nbytes = report.pulled_tokens // outcome.block_tokens * outcome.block_bytes
-            self._overheads["pull"].add(max(0.0, fetch_s - rates.send_s(decision.pull_from, worker, nbytes)))
+            self._pull.add(max(0.0, fetch_s - rates.send_s(decision.pull_from, worker, nbytes)))
         elif report.restored_tokens and Way.PULL not in prediction.ways and Way.PULL_IMAGE not in prediction.ways:
             read_s = prediction.fetch_s - rates.overheads.restore_s if Way.RESTORE in prediction.ways else 0.0
-            self._overheads["restore"].add(max(0.0, fetch_s - max(0.0, read_s)))
+            self._restore.add(max(0.0, fetch_s - max(0.0, read_s)))
 
     def _overhead(self) -> Overheads:
         first = Overheads()
@@ -150,8 +188,8 @@ class CostBook:
         base_s = local.value if local.samples else first.base_s
         return Overheads(
             base_s=base_s,
-            restore_s=self._overheads["restore"].value if self._overheads["restore"].samples else first.restore_s,
-            pull_s=self._overheads["pull"].value if self._overheads["pull"].samples else first.pull_s,
+            restore_s=self._restore.value,
+            pull_s=self._pull.value,
             handoff_s=max(0.0, remote.value - base_s) if remote.samples else first.handoff_s,
         )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DECODES: Final = (Role.DECODE, Role.MIXED)
 _PREFILLS: Final = (Role.PREFILL, Role.MIXED)
 _CANDIDATES: Final = 8
-"""Prefill workers that are compared in detail, the least busy of all."""
+"""Workers that are compared in detail, the best by a rough measure."""
 _HOLDERS: Final = 2
 """Peers that are considered to pull a prefix from: those with the longest."""
 _NOTHING: Final = PrefixMatch()
@@ -152,7 +152,8 @@ def place(
         message = "no decode worker is ready; try again shortly"
         raise WorkerUnavailableError(message)
     scene = _Scene(view, workers, cache, load, config, default_rates(config) if rates is None else rates)
-    decode = min(decoders, key=lambda w: (scene.decode_cost(w), w.worker_id))
+    # Where prefill workers do the work, what a decode worker could pull is no reason to decode there.
+    decode = scene.decoder(decoders, pulls=not any(w.role is Role.PREFILL for w in ready))
     prefillers = [w for w in ready if w.role in _PREFILLS and w is not decode and _linked(w, decode)]
     reason = _local_reason(view, decode, prefillers, cache, config)
     by_cost = config.local_prefill == "cost"
@@ -178,22 +179,39 @@ class _Scene:
     config: RouterConfig
     rates: Rates
 
-    def decode_cost(self, worker: WorkerInfo) -> tuple[bool, float]:
-        """How dear it is to decode there: what would have to be computed or sent, behind what is already there."""
+    def decoder(self, decoders: Sequence[WorkerInfo], *, pulls: bool) -> WorkerInfo:
+        """Where the answer is written: the worker that could have the prompt ready soonest, unless its pool is full.
+
+        A prefill worker may do that for it; but where least is missing, least must be computed or sent.
+        """
+
+        def full(worker: WorkerInfo) -> bool:
+            return self.load.pressure(worker.worker_id) > self.config.kv_pressure
+
+        def rough(worker: WorkerInfo) -> tuple[bool, float, str]:
+            return full(worker), self.rough_s(worker, self.cache.wire), worker.worker_id
+
+        def exact(worker: WorkerInfo) -> tuple[bool, float, str]:
+            name = worker.worker_id
+            return full(worker), self.queue_s(name) + self.plan(worker, self.cache.wire, pulls=pulls).total_s, name
+
+        return min(heapq.nsmallest(_CANDIDATES, decoders, key=rough), key=exact)
+
+    def rough_s(self, worker: WorkerInfo, held: Mapping[str, PrefixMatch]) -> float:
+        """The queue and what would have to be computed; cheap, and enough to leave the worst out."""
         name = worker.worker_id
-        cached = cached_tokens(self.view, self.cache.wire.get(name, _NOTHING).blocks)
-        missing_s = self.rates.prefill_s(name, cached, self.view.prompt_tokens - cached)
-        return self.load.pressure(name) > self.config.kv_pressure, self.queue_s(name) + missing_s
+        cached = cached_tokens(self.view, held.get(name, _NOTHING).blocks)
+        return self.queue_s(name) + self.rates.prefill_s(name, cached, self.view.prompt_tokens - cached)
 
     def queue_s(self, name: str) -> float:
         """Predicted wait behind the requests a worker has."""
         requests = self.load.requests(name)
         return requests * self.rates.prefill_s(name, 0, self.config.load_cost_tokens) if requests else 0.0
 
-    def plan(self, worker: WorkerInfo, held: Mapping[str, PrefixMatch]) -> PromptPlan:
-        """How this worker would get the prompt ready."""
+    def plan(self, worker: WorkerInfo, held: Mapping[str, PrefixMatch], *, pulls: bool = True) -> PromptPlan:
+        """How this worker would get the prompt ready; without ``pulls`` by itself."""
         name = worker.worker_id
-        near = {w.worker_id for w in self.workers if w is worker or _linked(w, worker)}
+        near = {w.worker_id for w in self.workers if w is worker or (pulls and _linked(w, worker))}
         peers = (w for w in near if w != name and w in held)
         longest = sorted(peers, key=lambda w: (-held[w].blocks, -held[w].ready_blocks, w))
         images = self.cache.images or ((),) * len(self.view.images)
@@ -226,11 +244,8 @@ class _Scene:
         """Prefill at the best of ``prefillers``, decode at ``decode``."""
 
         def rough(worker: WorkerInfo) -> tuple[bool, float, str]:
-            name = worker.worker_id
-            cached = cached_tokens(self.view, self.cache.exact.get(name, _NOTHING).blocks)
-            missing_s = self.rates.prefill_s(name, cached, self.view.prompt_tokens - cached)
             # A worker with a mixed role is needed for decoding; a dedicated one goes first.
-            return worker.role is Role.MIXED, self.queue_s(name) + missing_s, name
+            return worker.role is Role.MIXED, self.rough_s(worker, self.cache.exact), worker.worker_id
 
         best = heapq.nsmallest(_CANDIDATES, prefillers, key=rough)
         plans = {w.worker_id: self.plan(w, self.cache.exact) for w in best}

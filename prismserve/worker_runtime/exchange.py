@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from prismserve.compression.loader import codec, normalise
-from prismserve.core.errors import IncompatibleLayoutError, LeaseExpiredError, PrismServeError, TransferError
+from prismserve.core.errors import LeaseExpiredError, PrismServeError, TransferError
 from prismserve.core.prompt import block_keys, elements
 from prismserve.engine.encoding import image_label
 from prismserve.engine.image_cache import NO_LABEL, VisualTokens
+from prismserve.kv_transfer.conversion import Side, check_registered, refusal
 from prismserve.kv_transfer.manifest import Expected, build
 from prismserve.kv_transfer.plan import reserve_bytes
 from prismserve.kv_transfer.sender import Outgoing
@@ -119,7 +120,7 @@ class Exchange:
         await runtime.tiering.restore_images(submission, worker)
         wanted: list[Awaitable[int]] = []
         if submission.pull_from and submission.pull_blocks and submission.pull_from != runtime.info.worker_id:
-            wanted.append(self._fetch_prefix(submission, worker))
+            wanted.append(self.fetch_prefix(submission, worker))
         holders = dict(enumerate(submission.embedding_holders))
         seen: set[bytes] = set()
         for position, segment in enumerate(request.prompt.media_segments()):
@@ -139,8 +140,12 @@ class Exchange:
                 raise outcome
         return Fetched(time.monotonic() - started_s, restored_tokens, pulled_tokens)
 
-    async def _fetch_prefix(self, submission: Submission, worker: Literal["local", "prefill"]) -> int:
-        """Pull leading blocks; returns tokens that were missing here."""
+    async def fetch_prefix(self, submission: Submission, worker: Literal["local", "prefill"]) -> int:
+        """Pull leading blocks and insert them; returns tokens that were missing here.
+
+        Raises:
+            PrismServeError: the holder is gone, does not hold them or is too slow, or there is no room.
+        """
         runtime, request = self._runtime, submission.request
         peer = await runtime.peers.find(submission.pull_from)
         layout = runtime.engine.layout
@@ -267,13 +272,14 @@ class Exchange:
         if message.source_epoch != runtime.info.epoch:
             text = f"the request is for epoch {message.source_epoch}, this worker is in epoch {runtime.info.epoch}"
             raise LeaseExpiredError(text)
-        if message.layout_fingerprint != runtime.engine.layout.fingerprint():
-            text = (
-                f"KV layouts differ: worker {message.target_worker} and worker {runtime.info.worker_id} "
-                f"({runtime.engine.layout}) must run the same model, dtype, KV format and block size"
-            )
-            raise IncompatibleLayoutError(text)
         peer = await runtime.peers.find(message.target_worker, message.target_epoch)
+        if message.layout_fingerprint != runtime.engine.layout.fingerprint():
+            source = Side(runtime.info.worker_id, runtime.engine.layout)
+            target = Side(message.target_worker, peer.info.layout)
+            check_registered(target, message.layout_fingerprint)
+            raise refusal(
+                source, target, "keys of cached blocks name one layout, so they are pulled between equal ones"
+            )
         if message.embedding_key:
             return await self._serve_embedding(message, peer)
         return await self._serve_blocks(message, peer)

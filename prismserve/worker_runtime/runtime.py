@@ -40,6 +40,7 @@ from prismserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
 from prismserve.worker_runtime.exchange import Exchange, Fetched
 from prismserve.worker_runtime.explaining import Explainer
 from prismserve.worker_runtime.local import LocalJobs
+from prismserve.worker_runtime.memory_pool import MemoryPool
 from prismserve.worker_runtime.peers import PeerDirectory
 from prismserve.worker_runtime.service import WorkerService
 from prismserve.worker_runtime.sessions import RequestRef, SessionTable
@@ -83,6 +84,7 @@ class WorkerRuntime:
     peers: PeerDirectory
     exchange: Exchange
     explainer: Explainer
+    memory_pool: MemoryPool
     tiering: Tiering
     model: VisionLanguageModel
 
@@ -173,6 +175,7 @@ class WorkerRuntime:
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)
         self.explainer = Explainer(self)
+        self.memory_pool = MemoryPool(self)
         self.add_handler(pb.JOB_LOCAL, LocalJobs(self))
         await server.start()
         self._server = server

@@ -77,6 +77,7 @@ class Tiering:
         identity = digest("tier", runtime.model.fingerprint, engine.layout.fingerprint())
         self._runtime = runtime
         self._config = config
+        self._on_change = on_change
         self._shelf = ImageShelf(engine.image_cache, engine.group_bytes)
         self.store = TierStore(
             config,
@@ -120,16 +121,13 @@ class Tiering:
         runtime, request = self._runtime, submission.request
         if submission.skip_restore or not self.store.tiers or not runtime.config.engine.prefix_caching:
             return 0
-        size = runtime.engine.layout.block_tokens
-        namespace = request.namespace if worker == "prefill" else request.wire_namespace
-        slots = elements(request.prompt, request.resume_token_ids)
-        keys = list(block_keys(namespace, slots, size))[: max(0, len(slots) - 1) // size]
+        size, keys = runtime.engine.layout.block_tokens, self._keys(request, worker)
         # Asked without waiting for the engine: a request that finds nothing here must not wait for a step to end.
         plan = self._plan(keys, runtime.engine.held_blocks(keys))
         if not plan.worth_it:
             return 0
         try:
-            taken = await self._bring_back(submission, worker, keys, plan)
+            taken = await self._bring_back(request, worker, keys, plan.first, plan.blocks)
         except (PrismServeError, TimeoutError) as error:
             self.misses += 1
             logger.info("request %s: nothing was restored: %s", request.request_id, str(error) or "it took too long")
@@ -196,10 +194,8 @@ class Tiering:
 
     def _held_tokens(self, request: Request, worker: Literal["local", "prefill"]) -> int:
         """Leading prompt tokens that are on the device now; a hint."""
-        size = self._runtime.engine.layout.block_tokens
-        namespace = request.namespace if worker == "prefill" else request.wire_namespace
-        keys = list(block_keys(namespace, elements(request.prompt), size))
-        return self._runtime.engine.held_blocks(keys) * size
+        keys = self._keys(request, worker)
+        return self._runtime.engine.held_blocks(keys) * self._runtime.engine.layout.block_tokens
 
     def _plan(self, keys: Sequence[bytes], first: int) -> Restore:
         engine = self._runtime.engine
@@ -214,16 +210,51 @@ class Tiering:
             blocks_min=self._config.restore_blocks_min,
         )
 
+    async def bring_back(self, request: Request, worker: Literal["local", "prefill"]) -> int:
+        """Restore what the tiers have of a prompt, whatever that takes; tokens brought back.
+
+        Raises:
+            OverloadedError: too few blocks now.
+            TimeoutError: it took longer than ``restore_timeout_s``.
+        """
+        keys = self._keys(request, worker)
+        first = self._runtime.engine.held_blocks(keys)
+        blocks = len(self.store.held_run(keys[first:]))
+        if not blocks:
+            return 0
+        taken = await self._bring_back(request, worker, keys, first, blocks)
+        self.restored_tokens += taken * self._runtime.engine.layout.block_tokens
+        return taken * self._runtime.engine.layout.block_tokens
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Forget blocks in every tier, and say so."""
+        for tier in self.store.tiers:
+            held = [key for key in keys if key in tier]
+            for key in held:
+                tier.drop(key)
+            if held:
+                self._on_change(_BY_NAME[tier.name], (), held)
+
+    def _keys(self, request: Request, worker: Literal["local", "prefill"]) -> list[bytes]:
+        """Keys of the blocks a prompt may find; the one that holds its last token is always computed."""
+        size = self._runtime.engine.layout.block_tokens
+        namespace = request.namespace if worker == "prefill" else request.wire_namespace
+        slots = elements(request.prompt, request.resume_token_ids)
+        return list(block_keys(namespace, slots, size))[: max(0, len(slots) - 1) // size]
+
     async def _bring_back(
-        self, submission: Submission, worker: Literal["local", "prefill"], keys: Sequence[bytes], plan: Restore
+        self,
+        request: Request,
+        worker: Literal["local", "prefill"],
+        keys: Sequence[bytes],
+        first: int,
+        blocks: int,
     ) -> int:
-        request, size = submission.request, self._runtime.engine.layout.block_tokens
-        ticket, targets = await self._runtime.on_engine(
-            lambda engine: _begin(engine, request, plan.first + plan.blocks, worker)
-        )
+        size = self._runtime.engine.layout.block_tokens
+        ticket, targets = await self._runtime.on_engine(lambda engine: _begin(engine, request, first + blocks, worker))
         held = ticket.cached_tokens // size
         wanted = keys[held : len(ticket.table)]
-        if held < plan.first or not wanted:
+        if held < first or not wanted:
             await self._runtime.on_engine(lambda engine: _end(engine, ticket, targets, 0))
             return 0
         if targets is None:

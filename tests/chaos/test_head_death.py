@@ -24,7 +24,9 @@ WITHOUT_HEAD_S = 20.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ServedCluster]:
-    with ServedCluster(["--prefill-replicas", "1", "--decode-replicas", "1"], ready_timeout_s=240) as served:
+    with ServedCluster(
+        ["--prefill-replicas", "1", "--decode-replicas", "1", "--fidelity-share", "0"], ready_timeout_s=240
+    ) as served:
         yield served
 
 

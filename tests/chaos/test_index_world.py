@@ -45,10 +45,11 @@ def names(server: Server) -> set[str]:
 
 
 def indexed(world: World) -> bool:
-    """Whether the router knows of every block and image that the workers hold."""
+    """Whether the router knows of every block and image that the workers hold, in every tier."""
     mirror = world.router.mirror
     return mirror.synced and all(
-        mirror.key_count(worker.info.worker_id) == len(worker._held) for worker in world.workers
+        mirror.key_count(worker.info.worker_id) == sum(map(len, worker._held_keys().values()))
+        for worker in world.workers
     )
 
 

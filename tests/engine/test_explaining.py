@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prismserve.compression import presets
+from prismserve.compression import loader, presets
 from prismserve.compression.loader import kept_tokens
 from prismserve.core.errors import InvalidRequestError
 from prismserve.core.types import MediaSegment
@@ -45,6 +45,18 @@ def test_the_stages_of_a_prefill_method_are_those_the_report_counts(workshop, me
     for earlier, later in zip(explanation.stages, cuts, strict=False):
         alive = [fate == place for place, fate in enumerate(earlier.fates)]
         assert all((fate != -2) == there for fate, there in zip(later.fates, alive, strict=True))
+
+
+def test_every_visual_method_can_be_explained_and_keeps_what_it_says(workshop) -> None:
+    engine, able = workshop.engine(), workshop.processor.reducible
+    for name in loader.names("visual"):
+        method = loader.visual_method(name)
+        if name == "none" or not method.training_free or loader.encoder_needs(name) - able:
+            continue
+        request = asked(workshop, name)
+        (stage,) = explain(engine, request).stages
+        assert stage.kept == kept_tokens(request.compression.visual, 196), name
+        assert stage.kept + stage.merged + stage.dropped == 196, name
 
 
 def test_places_count_through_several_images(workshop) -> None:

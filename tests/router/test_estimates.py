@@ -7,7 +7,7 @@ import pytest
 from prismserve.core.types import PrefillReport, RouteDecision, RoutePrediction, WorkerStats
 from prismserve.kv_transfer.costs import Way
 from prismserve.router.config import RouterConfig
-from prismserve.router.estimates import CostBook, Outcome
+from prismserve.router.estimates import CostBook, Fading, Outcome
 
 BLOCK_BYTES = 1_000_000
 
@@ -78,20 +78,35 @@ def test_each_part_of_a_prediction_is_compared_with_the_report():
 
 
 def test_what_pulling_takes_beside_its_bytes_is_learnt():
-    learnt = book()
-    learnt.rates({"q": WorkerStats("q", link_bytes_per_s=(("p", 1e9),))})
+    clock = Clock()
+    learnt = book(clock)
     pulled = decision(pull_from="q", ways=(Way.PULL, Way.RECOMPUTE))
-    # 10 blocks of 1 MB at 1 GB/s are 10 ms of the 25.
-    learnt.learn(pulled, report(pulled_tokens=160, fetch_ms=25.0), outcome())
-    assert learnt.rates({}).overheads.pull_s == pytest.approx(0.015)
+    for _ in range(60):
+        # 10 blocks of 1 MB at 1 GB/s are 10 ms of the 25.
+        learnt.rates({"q": WorkerStats("q", link_bytes_per_s=(("p", 1e9),))})
+        learnt.learn(pulled, report(pulled_tokens=160, fetch_ms=25.0), outcome())
+    assert learnt.rates({}).overheads.pull_s == pytest.approx(0.015, rel=0.01)
 
 
 def test_what_restoring_takes_beside_its_bytes_is_learnt():
     learnt = book()
-    before_s = learnt.rates({}).overheads.restore_s
-    restored = decision(fetch_s=before_s + 0.01, ways=(Way.RESTORE, Way.RECOMPUTE))
-    learnt.learn(restored, report(restored_tokens=160, fetch_ms=14.0), outcome())
-    assert learnt.rates({}).overheads.restore_s == pytest.approx(0.004)
+    for _ in range(60):
+        predicted_s = learnt.rates({}).overheads.restore_s + 0.01
+        restored = decision(fetch_s=predicted_s, ways=(Way.RESTORE, Way.RECOMPUTE))
+        learnt.learn(restored, report(restored_tokens=160, fetch_ms=14.0), outcome())
+    assert learnt.rates({}).overheads.restore_s == pytest.approx(0.004, rel=0.01)
+
+
+def test_one_slow_pull_is_not_believed_and_a_bad_time_is_forgotten():
+    clock = Clock()
+    fading = Fading(0.004, clock)
+    fading.add(5.0)
+    assert fading.value == pytest.approx(0.008)
+    for _ in range(20):
+        fading.add(5.0)
+    assert fading.value > 1.0
+    clock.now += 120.0
+    assert fading.value == pytest.approx(0.004, abs=0.02)
 
 
 def test_a_handoff_costs_what_it_adds_to_a_local_answer_and_only_idle_workers_tell():

@@ -219,3 +219,21 @@ def test_a_faster_worker_is_worth_a_short_queue():
     speeds = Rates(curves={"p1": PrefillCurve(token_s=1e-2), "p2": PrefillCurve(token_s=1e-3)})
     load = LoadView(in_flight={"p2": 1})
     assert place(view(), workers("p1", "p2", "d1"), CacheView(), load, CONFIG, speeds).prefill_worker == "p2"
+
+
+def test_among_workers_that_prefill_for_themselves_an_idle_one_pulls_from_a_busy_holder():
+    load, cache = LoadView(in_flight={"m1": 1}), CacheView(wire=held({"m1": 20}))
+    decision = decide(("m1", "m2"), cache=cache, load=load)
+    assert (decision.decode_worker, decision.pull_from, decision.pull_blocks) == ("m2", "m1", 20)
+    slow = Rates(links={("m1", "m2"): 1e6})
+    decision = place(view(), workers("m1", "m2"), cache, load, CONFIG, slow)
+    assert (decision.decode_worker, decision.pull_from) == ("m1", None)
+
+
+def test_a_busy_worker_that_has_the_image_is_better_than_encoding_it_again():
+    load = LoadView(in_flight={"m1": 1})
+    request = view(media_end=390, images=1)
+    here = CacheView(wire=held({"m1": 24}), images=(("m1",),))
+    slow = Rates(links={("m1", "m2"): 1e6}, encode_default_s=1.0)
+    assert place(request, workers("m1", "m2"), here, load, CONFIG, slow).decode_worker == "m1"
+    assert place(request, workers("m1", "m2"), CacheView(images=((),)), load, CONFIG, slow).decode_worker == "m2"

@@ -44,7 +44,11 @@ def test_the_table_names_what_a_method_needs(capsys) -> None:
 
 
 ACCEPTED = {
-    "visual": {"divprune", "cdpruner", "dpp", "prumerge", "visionzip", "tome", "vispruner", "prism"},
+    "visual": {
+        *("trim", "divprune", "cdpruner", "dpp", "prumerge", "visionzip", "tome", "vispruner", "prism"),
+        *("chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "flexselect"),
+        *("langdc", "vqtoken"),
+    },
     "prefill": {"fastv", "sparsevlm", "pyramiddrop", "pumer", "asap", "holitom_inner", "sttm", "framefusion"},
     "codec": {"none", "fp8", "int8", "int4"},
 }
@@ -67,6 +71,15 @@ def test_prefill_methods_say_what_their_cuts_look_at() -> None:
     assert needs["pumer"] == ["keys", "question_attention"]
     assert needs["sttm"] == ["hidden", "whole_grid"]
     assert needs["none"] == needs["random"] == []
+
+
+def test_it_says_whether_the_weights_a_method_needs_are_there(capsys) -> None:
+    weights = {entry["name"]: entry["weights"] for entry in methods.listed()}
+    assert (weights["prism"], weights["trim"], weights["langdc"]) == ("none needed", "beside the model", "not loaded")
+    weights = {entry["name"]: entry["weights"] for entry in methods.listed("reference")}
+    assert (weights["prism"], weights["trim"]) == ("none needed", "not loaded")
+    assert run("--model", "/no/such/model") == 1
+    assert "does not exist" in capsys.readouterr().err
 
 
 METHODS = [(stage, name) for stage in ("visual", "prefill") for name in loader.names(stage)]
