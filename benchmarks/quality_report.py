@@ -26,8 +26,8 @@ class Row:
         keep: visual tokens asked for.
         share: the method's share code.
         families: score by question family.
-        cost_ms: median time of choosing and merging for one picture, in milliseconds, with the projection and the
-            encoder's keys and attention where the method needs them; 0 for methods inside the decoder.
+        cost_ms: median time of choosing and merging for one picture, in milliseconds, with the encoder's keys and
+            attention where the method needs them; 0 for methods inside the decoder.
         ttft_ms: median time to the first token of a picture not seen before, alone in the engine.
         kv_bytes: of the prompt, mean over the questions.
     """
@@ -74,9 +74,9 @@ def markdown(rows: Sequence[Row], conditions: str, encode_ms: float) -> str:
         "",
         "Exact match in percent, by family of questions; the interval is Wilson's for all questions together. *ms* is what",
         f"a method adds for one picture, *of encoder* that as a share of the {encode_ms:.1f} ms the encoder takes without",
-        "it. Budgets are tokens of 196; of a method inside the decoder (`prefill/`), what is left after its last cut. TTFT",
-        "is the engine's own, one picture at a time, nothing cached. All times are CPU time of the one thread, which other work",
-        "on the machine does not lengthen.",
+        "it; projecting every token into the decoder's space once is not counted, since it is done without any method too.",
+        "Budgets are tokens of 196; of a method inside the decoder (`prefill/`), what is left after its last cut. TTFT is the",
+        "engine's own, one picture at a time, nothing cached. All times are CPU time of the one thread.",
         "",
         markdown_table(header, body, left=3),
     ]

@@ -9,8 +9,25 @@ import torch
 from prismserve.compression import loader
 
 if TYPE_CHECKING:
-    from prismserve.compression.base import VisualFeatures
+    from prismserve.compression.base import VisualFeatures, VisualPlan
     from prismserve.core.types import MethodSpec
+
+
+def plan_visual(features: VisualFeatures, spec: MethodSpec) -> VisualPlan:
+    """What a normalised visual spec does with one image; raises as :func:`apply_visual` does."""
+    return loader.visual_method(spec.name).plan(features, loader.config_of(spec, "visual"))
+
+
+def carry_out(tokens: torch.Tensor, plan: VisualPlan) -> torch.Tensor:
+    """What a plan makes of tokens [N, C]: [k, C] in their dtype; those that survive unmerged are bit-equal."""
+    survivors = tokens[plan.indices]
+    if plan.weights is None:
+        return survivors
+    merged = plan.weights @ tokens.to(plan.weights.dtype)
+    # Gathered rather than multiplied, so that reduced matmul precision cannot change a token nothing was merged into.
+    own = plan.weights.gather(1, plan.indices[:, None])[:, 0]
+    untouched = ((plan.weights != 0).sum(1) == 1) & (own == 1)
+    return torch.where(untouched[:, None], survivors, merged.to(survivors.dtype))
 
 
 def apply_visual(features: VisualFeatures, spec: MethodSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,13 +45,5 @@ def apply_visual(features: VisualFeatures, spec: MethodSpec) -> tuple[torch.Tens
         UnknownMethodError, InvalidRequestError: the spec names no method, or parameters it does not take.
         EngineError: the method needs what ``features`` does not hold.
     """
-    plan = loader.visual_method(spec.name).plan(features, loader.config_of(spec, "visual"))
-    survivors = features.tokens[plan.indices]
-    if plan.weights is None:
-        return survivors, plan.indices
-    merged = plan.weights @ features.tokens.to(plan.weights.dtype)
-    # Gathered rather than multiplied, so that reduced matmul precision cannot change a token nothing was merged into.
-    own = plan.weights.gather(1, plan.indices[:, None])[:, 0]
-    untouched = ((plan.weights != 0).sum(1) == 1) & (own == 1)
-    tokens = torch.where(untouched[:, None], survivors, merged.to(survivors.dtype))
-    return tokens, plan.indices
+    plan = plan_visual(features, spec)
+    return carry_out(features.tokens, plan), plan.indices

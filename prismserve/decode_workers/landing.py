@@ -107,11 +107,10 @@ class Landing:
             event.set()
 
     async def cancel(self, ref: RequestRef) -> None:
-        """The router is no longer interested."""
+        """The router is no longer interested. The engine itself is told by :class:`LocalJobs`."""
         arrival = self._arrivals.get(ref)
         if arrival is not None:
             await self._abandon(arrival)
-        await self._runtime.on_engine(lambda engine: engine.cancel(*ref))
 
     async def _admit(self, arrival: Arrival) -> None:
         """Allocate blocks, in order of arrival, as running requests free them."""

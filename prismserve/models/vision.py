@@ -1,7 +1,7 @@
 """Vision towers of the CLIP and SigLIP line, from transformers, run only as deep as the projector reads.
 
-What compression asks for beside the features (attention of the class token, keys) is computed from the hidden state
-that enters the layer in question, so the tower keeps its fused attention and no [N, N] matrix is ever held.
+What compression asks for beside the features (attention of the class token, keys) comes from the queries and keys of
+the layer in question, which is then run step by step; attention stays fused and no [N, N] matrix is ever held.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from prismserve.core.errors import ModelLoadError
 from prismserve.models.base import NEED_CLS_ATTENTION, NEED_ENCODER_KEYS
@@ -108,35 +109,38 @@ class VisionTower(nn.Module):
         if self.pre_norm is not None:
             hidden = self.pre_norm(hidden)
         states = {0: hidden} if 0 in self.plan.depths else {}
-        entering = hidden
+        first = 1 if self.plan.class_token and not self.plan.keep_class_token else 0
+        attention = keys = None
         for depth, layer in enumerate(self.layers, start=1):
-            entering = hidden
-            hidden = layer(hidden, attention_mask=None)
+            if needs and depth == self.plan.depth:
+                hidden, attention, keys = self._tapped(layer, hidden, needs, first)
+            else:
+                hidden = layer(hidden, attention_mask=None)
             if depth in self.plan.depths:
                 states[depth] = hidden
-        first = 1 if self.plan.class_token and not self.plan.keep_class_token else 0
         features = torch.cat([states[depth][0, first:] for depth in self.plan.depths], dim=-1)
-        attention, keys = self._taps(entering, needs, first)
         return features, attention, keys
 
-    def _taps(
-        self, entering: torch.Tensor, needs: frozenset[str], first: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Attention and keys of the last layer run, from the hidden state [1, N(+1), C] that entered it."""
-        if not needs:
-            return None, None
-        layer: Any = self.layers[-1]
+    def _tapped(
+        self, layer: Any, entering: torch.Tensor, needs: frozenset[str], first: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What a layer makes of [1, N(+1), C], with its attention and keys: computed as transformers does, not twice."""
         attention = layer.self_attn
-        normed = layer.layer_norm1(entering)[0]
-        heads = attention.num_heads
-        keys = attention.k_proj(normed).view(normed.shape[0], heads, -1)
+        normed = layer.layer_norm1(entering)
+        split = (*normed.shape[:-1], attention.num_heads, -1)
+        queries, keys, values = (
+            projection(normed).view(split).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, scale=attention.scale)
+        hidden = entering + attention.out_proj(mixed.transpose(1, 2).reshape(normed.shape))
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         salience = None
         if NEED_CLS_ATTENTION in needs:
-            by_head = keys.float().permute(1, 2, 0)
-            rows = normed[:1] if self.plan.class_token else normed
-            queries = attention.q_proj(rows).view(rows.shape[0], heads, -1).float().transpose(0, 1) * attention.scale
-            salience = _mean_received(queries, by_head)[:, first:]
-        return salience, keys[first:] if NEED_ENCODER_KEYS in needs else None
+            asking = queries[0, :, :1] if self.plan.class_token else queries[0]
+            by_head = keys[0].float().transpose(1, 2)
+            salience = _mean_received(asking.float() * attention.scale, by_head)[:, first:]
+        return hidden, salience, keys[0].transpose(0, 1)[first:] if NEED_ENCODER_KEYS in needs else None
 
 
 def _mean_received(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

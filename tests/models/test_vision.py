@@ -60,6 +60,8 @@ def test_only_what_is_asked_for_is_computed(tmp_path, pixels):
     assert attention.keys is None
     assert keys.cls_attention is None
     assert keys.keys is not None
+    for tapped in (attention, keys):
+        torch.testing.assert_close(tapped.tokens, plain.tokens, rtol=0, atol=1e-5)
 
 
 def test_an_images_features_do_not_depend_on_its_neighbours(tmp_path, pixels):

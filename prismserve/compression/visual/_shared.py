@@ -1,4 +1,4 @@
-"""What several visual methods are made of: budgets, needs, rankings, and greedy determinant maximisation."""
+"""What several visual methods are made of: budgets, needs, rankings, places."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 from typing import ClassVar, Final
 
 import torch
-from torch.nn import functional
 
 from prismserve.compression.base import KeepConfig, Need, Share, Stage, VisualFeatures, VisualPlan
 from prismserve.core.errors import EngineError
@@ -17,6 +16,7 @@ _FIELDS: Final = {
     Need.PROJECTED: "projected",
     Need.TEXT_EMBEDDINGS: "text",
     Need.TEXT_TOWER: "aligned_text",
+    Need.QUESTION_ATTENTION: "asked",
 }
 
 
@@ -81,16 +81,6 @@ def projected(features: VisualFeatures) -> torch.Tensor:
     return features.projected.float()
 
 
-def cosine_kernel(rows: torch.Tensor) -> torch.Tensor:
-    """[N, N] float32, cosine similarity of every two rows of [N, C]; rows without direction are similar to none."""
-    rows = rows.float()
-    unit = functional.normalize(rows, dim=-1)
-    kernel = unit @ unit.T
-    # Exactly 1, so that rounding does not decide between tokens that are equally good.
-    kernel.diagonal().copy_((rows != 0).any(dim=1))
-    return kernel
-
-
 def ranked(score: torch.Tensor) -> torch.Tensor:
     """Indices of [N] scores, highest first, ties by the lower index."""
     return torch.sort(score, descending=True, stable=True).indices
@@ -102,39 +92,8 @@ def ascending(indices: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def squared_distances(rows: int, columns: int, frames: int = 1) -> torch.Tensor:
-    """[N, N] float32, squared distance of every two tokens, in patches and frames; on the CPU, not to be changed."""
+def grid_places(rows: int, columns: int, frames: int = 1) -> torch.Tensor:
+    """[N, 3] float32, where each token lies: frame, row, column; on the CPU, not to be changed."""
     index = torch.arange(frames * rows * columns)
     within = index % (rows * columns)
-    places = torch.stack((index // (rows * columns), within // columns, within % columns), 1).float()
-    return (places[:, None] - places[None, :]).square().sum(-1)
-
-
-def greedy_determinant(kernel: torch.Tensor, picks: int) -> torch.Tensor:
-    """Choose rows of a positive semi-definite kernel one after another, each to enlarge the determinant most.
-
-    Greedy MAP of a determinantal point process by incremental Cholesky factors (Chen et al., "Fast Greedy MAP
-    Inference for Determinantal Point Process to Improve Recommendation Diversity", NeurIPS 2018, algorithm 1):
-    O(N picks^2). Once what is left lies in the span of what was chosen, the rest is taken in order of index.
-
-    Args:
-        kernel: [N, N] float32.
-        picks: how many, at most N.
-
-    Returns:
-        [picks] int64 in the order they were chosen; ties go to the lower index.
-    """
-    count = kernel.shape[0]
-    gain = kernel.diagonal().clone()
-    factors = kernel.new_zeros((picks, count))
-    chosen = torch.empty(picks, dtype=torch.int64, device=kernel.device)
-    for i in range(picks):
-        pick = gain.argmax()
-        chosen[i] = pick
-        scale = gain[pick].clamp(min=1e-10).rsqrt()
-        row = (kernel[pick] - factors[:i, pick] @ factors[:i]) * scale
-        factors[i] = row
-        # What is left is at least zero in exact arithmetic; what was chosen must stay below it.
-        gain = (gain - row.square()).clamp_(min=0.0)
-        gain[chosen[: i + 1]] = -1.0
-    return chosen
+    return torch.stack((index // (rows * columns), within // columns, within % columns), 1).float()

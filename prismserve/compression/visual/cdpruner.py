@@ -13,13 +13,8 @@ from pydantic import Field
 from torch.nn import functional
 
 from prismserve.compression.base import KeepConfig, Need, Share, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import (
-    Reducing,
-    ascending,
-    cosine_kernel,
-    greedy_determinant,
-    projected,
-)
+from prismserve.compression.visual._shared import Reducing, ascending, projected
+from prismserve.kernels.subsets import largest_determinant
 
 _LEAST: float = 1e-3
 """Relevance of the least relevant token: the kernel stays positive definite on the rest."""
@@ -65,8 +60,8 @@ class CDPruner(Reducing):
         relevance = question_relevance(tokens, features.text)
         if config.emphasis > 0.0:
             relevance = (config.emphasis / (2.0 * (1.0 - config.emphasis)) * relevance).exp()
-        kernel = relevance[:, None] * cosine_kernel(tokens) * relevance[None, :]
-        return VisualPlan(ascending(greedy_determinant(kernel, self.kept_tokens(config, tokens.shape[0]))))
+        kept = self.kept_tokens(config, tokens.shape[0])
+        return VisualPlan(ascending(largest_determinant(tokens, kept, relevance)))
 
 
 def question_relevance(tokens: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:

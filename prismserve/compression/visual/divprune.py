@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import Reducing, ascending, cosine_kernel, projected
+from prismserve.compression.visual._shared import Reducing, projected
+from prismserve.kernels.subsets import farthest_first
 
 
 class DivPrune(Reducing):
@@ -34,16 +33,8 @@ class DivPrune(Reducing):
         whole = self.complete(features, config)
         if whole is not None:
             return whole
-        distance = 1.0 - cosine_kernel(projected(features))
-        kept = self.kept_tokens(config, distance.shape[0])
-        chosen = torch.empty(kept, dtype=torch.int64, device=distance.device)
-        chosen[0] = distance.clone().fill_diagonal_(torch.inf).amin(1).argmax()
-        nearest = distance[chosen[0]].clone()
-        for i in range(1, kept):
-            nearest[chosen[:i]] = -torch.inf
-            chosen[i] = nearest.argmax()
-            nearest = torch.minimum(nearest, distance[chosen[i]])
-        return VisualPlan(ascending(chosen))
+        tokens = projected(features)
+        return VisualPlan.in_order(farthest_first(tokens, self.kept_tokens(config, tokens.shape[0])))
 
 
 METHOD = DivPrune()

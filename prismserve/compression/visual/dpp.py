@@ -9,13 +9,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import (
-    Reducing,
-    ascending,
-    cosine_kernel,
-    greedy_determinant,
-    projected,
-)
+from prismserve.compression.visual._shared import Reducing, projected
+from prismserve.kernels.subsets import largest_determinant
 
 
 class Determinantal(Reducing):
@@ -33,8 +28,8 @@ class Determinantal(Reducing):
         whole = self.complete(features, config)
         if whole is not None:
             return whole
-        kernel = cosine_kernel(projected(features))
-        return VisualPlan(ascending(greedy_determinant(kernel, self.kept_tokens(config, kernel.shape[0]))))
+        tokens = projected(features)
+        return VisualPlan.in_order(largest_determinant(tokens, self.kept_tokens(config, tokens.shape[0])))
 
 
 METHOD = Determinantal()

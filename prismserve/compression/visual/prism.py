@@ -17,11 +17,10 @@ from prismserve.compression.visual._shared import (
     Reducing,
     ascending,
     class_attention,
-    cosine_kernel,
-    greedy_determinant,
+    grid_places,
     projected,
-    squared_distances,
 )
+from prismserve.kernels.subsets import Fading, largest_determinant
 
 
 class PrismConfig(KeepConfig):
@@ -67,11 +66,9 @@ class Prism(Reducing):
         kept = self.kept_tokens(config, attention.shape[0])
         theta = dial(attention, kept) if config.theta == "auto" else config.theta
         quality = (attention / attention.max().clamp(min=1e-12)) ** theta
-        distances = squared_distances(*features.grid, features.frames).to(attention.device)
-        near = (distances / (-2.0 * config.radius**2)).exp()
-        similarity = cosine_kernel(projected(features)) * (1.0 - config.locality + config.locality * near)
-        kernel = quality[:, None] * similarity * quality[None, :]
-        return VisualPlan(ascending(greedy_determinant(kernel, kept)))
+        places = grid_places(*features.grid, features.frames).to(attention.device)
+        fading = Fading(places, config.locality, config.radius) if config.locality > 0.0 else None
+        return VisualPlan(ascending(largest_determinant(projected(features), kept, quality, fading)))
 
 
 def dial(attention: torch.Tensor, kept: int) -> float:

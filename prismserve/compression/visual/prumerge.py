@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
 from prismserve.compression.visual._shared import Reducing, ascending, class_attention, key_metric, ranked
+from prismserve.kernels.topk_gather import top_k
 
 
 class PruMergeConfig(KeepConfig):
@@ -71,8 +72,7 @@ class PruMerge(Reducing):
         unit = functional.normalize(key_metric(features), dim=-1)
         similarity = unit[indices] @ unit.T
         similarity.scatter_(1, indices[:, None], -torch.inf)
-        nearest = torch.sort(similarity, dim=1, descending=True, stable=True).indices
-        nearest = nearest[:, : min(config.neighbours, count - 1)]
+        nearest = top_k(similarity, min(config.neighbours, count - 1))
         weights = torch.zeros(kept, count, device=rest.device).scatter_(1, nearest, attention[nearest])
         weights.scatter_(1, indices[:, None], 1.0)
         if config.merge == "mean":

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import Reducing, key_metric, ranked
+from prismserve.compression.visual._shared import Reducing, key_metric
+from prismserve.kernels.subsets import merge_alike
 
 
 class ToMeConfig(KeepConfig):
@@ -51,30 +51,10 @@ class ToMe(Reducing):
             return whole
         count = features.tokens.shape[0]
         kept = self.kept_tokens(config, count)
-        metric = key_metric(features)
-        places = torch.arange(count, device=metric.device)
-        members = torch.eye(count, device=metric.device)
-        while places.shape[0] > kept:
-            pairs = min(config.merged_per_round, places.shape[0] - kept, places.shape[0] // 2)
-            source, target = match(_mean(members) @ metric, pairs)
-            members = members.index_add(0, target, members[source])
-            staying = torch.ones(places.shape[0], dtype=torch.bool, device=metric.device)
-            staying[source] = False
-            places, members = places[staying], members[staying]
-        return VisualPlan(places, _mean(members))
-
-
-def match(metric: torch.Tensor, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best ``pairs`` proposals from even to odd rows of [n, d]: row of the proposer, and of its match."""
-    unit = functional.normalize(metric, dim=-1)
-    best, partner = (unit[::2] @ unit[1::2].T).max(1)
-    proposing = ranked(best)[:pairs]
-    return 2 * proposing, 2 * partner[proposing] + 1
-
-
-def _mean(members: torch.Tensor) -> torch.Tensor:
-    """Rows of [n, N] ones and zeros, scaled to sum to 1."""
-    return members / members.sum(1, keepdim=True)
+        places, owner = merge_alike(key_metric(features), kept, config.merged_per_round)
+        groups = torch.arange(kept, device=owner.device)
+        members = (owner[None, :] == groups[:, None]).float()
+        return VisualPlan(places, members / members.sum(1, keepdim=True))
 
 
 METHOD = ToMe()

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
 from prismserve.compression.visual._shared import Reducing, ascending, class_attention, ranked
+from prismserve.kernels.subsets import drop_alike
 
 
 class VisPrunerConfig(KeepConfig):
@@ -51,21 +51,8 @@ class VisPruner(Reducing):
         order = ranked(class_attention(features))
         important = round(config.important * kept)
         rest = ascending(order[important:])
-        unit = functional.normalize(features.tokens.float(), dim=-1)
-        while rest.shape[0] > kept - important:
-            leaving = min(config.removed_per_round, rest.shape[0] - (kept - important))
-            rest = _without_duplicates(unit, rest, leaving)
-        return VisualPlan(ascending(torch.cat((order[:important], rest))))
-
-
-def _without_duplicates(unit: torch.Tensor, rest: torch.Tensor, leaving: int) -> torch.Tensor:
-    """``rest`` [R] without the tokens (at most ``leaving``) of its even places most similar to one of its odd places."""
-    first, second = rest[::2], rest[1::2]
-    if second.shape[0] == 0:
-        return rest[:0]
-    closest = (unit[first] @ unit[second].T).amax(1)
-    staying = ranked(closest)[leaving:]
-    return ascending(torch.cat((first[staying], second)))
+        different = drop_alike(features.tokens.float(), rest, kept - important, config.removed_per_round)
+        return VisualPlan(ascending(torch.cat((order[:important], different))))
 
 
 METHOD = VisPruner()

@@ -39,6 +39,12 @@ _FUNCTIONS: Final = {
     "rotary": "pnnnnppnppnfi",
     "attend": "pipnnnpnnpnpppnfppi",
     "write_kv": "pipnnnpnpnpn",
+    "layers": "pnipfpnpppipnppnpppnfpppi",
+    "largest_determinant": "pnnnppffnfp",
+    "farthest_first": "pnnnnp",
+    "merge_alike": "pnnnnnpp",
+    "drop_alike": "pnnnpnnn",
+    "top_k": "pnnnnp",
 }
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}

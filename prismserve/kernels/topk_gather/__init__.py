@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from prismserve.kernels.dispatch import use_triton
-from prismserve.kernels.topk_gather import reference
+from prismserve.kernels.dispatch import use_native, use_triton
+from prismserve.kernels.topk_gather import native, reference
 
 
 def top_k(scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -14,6 +14,8 @@ def top_k(scores: torch.Tensor, keep: int) -> torch.Tensor:
         from prismserve.kernels.topk_gather import triton
 
         return triton.top_k(scores, keep)
+    if use_native(scores):
+        return native.top_k(scores, keep)
     return reference.top_k(scores, keep)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prismserve.kernels.dispatch import use_native_on, without_native
 from prismserve.kernels.topk_gather import top_k, topk_gather
 
 
@@ -29,3 +30,14 @@ def test_an_impossible_count_is_refused(keep):
 def test_other_scores_are_refused():
     with pytest.raises(ValueError, match=r"float32 \[H, N\]"):
         top_k(torch.zeros(5), 1)
+
+
+@pytest.mark.skipif(not use_native_on(torch.device("cpu")), reason="no C++ compiler on this machine")
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (3, 50), (98, 196)])
+def test_the_native_kernel_selects_what_plain_pytorch_selects_ties_included(rows, count):
+    scores = torch.randint(0, max(2, count // 3), (rows, 2 * count)).float()
+    for one in (scores[:, :count], scores[:, ::2]):
+        for keep in {0, 1, count // 2, count}:
+            native = top_k(one, keep)
+            with without_native():
+                assert torch.equal(top_k(one, keep), native)

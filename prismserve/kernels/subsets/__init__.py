@@ -1,0 +1,42 @@
+"""Greedy choices among rows of features: the largest determinant, the farthest point, pairs that are most alike."""
+
+from __future__ import annotations
+
+import torch
+
+from prismserve.kernels.dispatch import use_native
+from prismserve.kernels.subsets import native, reference
+from prismserve.kernels.subsets.reference import Fading
+
+
+def largest_determinant(
+    rows: torch.Tensor, picks: int, quality: torch.Tensor | None = None, fading: Fading | None = None
+) -> torch.Tensor:
+    """[picks] int64 rows of [N, C], in the order they were chosen; see :func:`reference.largest_determinant`."""
+    if use_native(rows):
+        return native.largest_determinant(rows, picks, quality, fading)
+    return reference.largest_determinant(rows, picks, quality, fading)
+
+
+def farthest_first(rows: torch.Tensor, picks: int) -> torch.Tensor:
+    """[picks] int64 rows of [N, C], in the order they were chosen; see :func:`reference.farthest_first`."""
+    if use_native(rows):
+        return native.farthest_first(rows, picks)
+    return reference.farthest_first(rows, picks)
+
+
+def merge_alike(rows: torch.Tensor, groups: int, per_round: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[groups] int64 places and [N] int64 groups of rows; see :func:`reference.merge_alike`."""
+    if use_native(rows):
+        return native.merge_alike(rows, groups, per_round)
+    return reference.merge_alike(rows, groups, per_round)
+
+
+def drop_alike(rows: torch.Tensor, among: torch.Tensor, kept: int, per_round: int) -> torch.Tensor:
+    """[kept] int64 of the rows ``among``, ascending; see :func:`reference.drop_alike`."""
+    if use_native(rows):
+        return native.drop_alike(rows, among, kept, per_round)
+    return reference.drop_alike(rows, among, kept, per_round)
+
+
+__all__ = ["Fading", "drop_alike", "farthest_first", "largest_determinant", "merge_alike"]

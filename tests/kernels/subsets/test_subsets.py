@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prismserve.kernels.dispatch import use_native_on, without_native
+from prismserve.kernels.subsets import Fading, drop_alike, farthest_first, largest_determinant, merge_alike
+
+needs_native = pytest.mark.skipif(not use_native_on(torch.device("cpu")), reason="no C++ compiler on this machine")
+
+SHAPES = [(1, 5), (2, 8), (9, 3), (50, 20), (196, 160), (131, 67)]
+
+
+def features(count, width, *, clusters=0):
+    generator = torch.Generator().manual_seed(count * 1000 + width)
+    rows = torch.randn(count, width, generator=generator)
+    if clusters:
+        centres = torch.randn(clusters, width, generator=generator)
+        rows = centres[torch.randint(0, clusters, (count,), generator=generator)] + 0.3 * rows
+    return rows
+
+
+def budgets(count):
+    return sorted({1, max(1, count // 16), max(1, count // 3), count - 1 or 1})
+
+
+def both(function):
+    native = function()
+    with without_native():
+        plain = function()
+    return native, plain
+
+
+def assert_same(native, plain):
+    for one, other in zip(native, plain, strict=True):
+        assert one.dtype is torch.int64
+        assert one.tolist() == other.tolist()
+
+
+@needs_native
+@pytest.mark.parametrize("clusters", [0, 7])
+@pytest.mark.parametrize(("count", "width"), SHAPES)
+def test_native_kernels_choose_what_plain_pytorch_chooses(count, width, clusters):
+    rows = features(count, width, clusters=clusters)
+    quality = torch.rand(count, generator=torch.Generator().manual_seed(1))
+    places = torch.stack((torch.zeros(count), torch.arange(count) // 14, torch.arange(count) % 14), 1).float()
+    some = torch.arange(0, count, 2)
+    for picks in budgets(count):
+        # Beyond the rank nothing but rounding would be left to choose by.
+        if picks <= width:
+            for given in ((None, None), (quality, None), (quality, Fading(places, 0.5, 3.0))):
+                assert_same(*both(lambda picks=picks, given=given: [largest_determinant(rows, picks, *given)]))
+        assert_same(*both(lambda picks=picks: [farthest_first(rows, picks)]))
+        assert_same(*both(lambda picks=picks: merge_alike(rows, picks, 8)))
+        kept = min(picks, len(some)) - 1
+        assert_same(*both(lambda kept=kept: [drop_alike(rows, some, kept, 3)]))
+
+
+@needs_native
+def test_rows_that_lie_apart_in_memory_are_read_where_they_are():
+    wide = features(40, 64)
+    rows, copied = wide[:, 8:40], wide[:, 8:40].contiguous()
+    assert torch.equal(largest_determinant(rows, 9), largest_determinant(copied, 9))
+    assert torch.equal(farthest_first(rows, 9), farthest_first(copied, 9))
+    assert torch.equal(farthest_first(wide.T, 9), farthest_first(wide.T.contiguous(), 9))
+    assert torch.equal(merge_alike(rows, 9, 8)[1], merge_alike(copied, 9, 8)[1])
+    some = torch.arange(30)
+    assert torch.equal(drop_alike(rows, some, 9, 8), drop_alike(copied, some, 9, 8))
+    assert some.tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_lies_in_the_span_of_the_chosen_comes_last_and_in_order(native):
+    if native and not use_native_on(torch.device("cpu")):
+        pytest.skip("no C++ compiler on this machine")
+    rows = torch.eye(4, 6)[[0, 0, 1, 1, 2, 3, 0]].contiguous()
+    rows[4] = 0.0
+
+    def chosen():
+        return largest_determinant(rows, 7).tolist()
+
+    if native:
+        assert chosen() == [0, 2, 5, 1, 3, 4, 6]
+    else:
+        with without_native():
+            assert chosen() == [0, 2, 5, 1, 3, 4, 6]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_rows_without_direction_are_far_from_all_and_equals_go_to_the_first(native):
+    if native and not use_native_on(torch.device("cpu")):
+        pytest.skip("no C++ compiler on this machine")
+
+    def chosen():
+        rows = torch.zeros(6, 4)
+        return (
+            farthest_first(rows, 4).tolist(),
+            merge_alike(rows, 3, 2)[0].tolist(),
+            drop_alike(rows, torch.arange(6), 3, 2).tolist(),
+        )
+
+    if native:
+        assert chosen() == ([0, 1, 2, 3], [3, 4, 5], [3, 4, 5])
+    else:
+        with without_native():
+            assert chosen() == ([0, 1, 2, 3], [3, 4, 5], [3, 4, 5])
