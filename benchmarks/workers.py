@@ -26,6 +26,7 @@ from prismserve.models.source import resolve_model
 from prismserve.prefill_workers.role import attach as attach_prefill
 from prismserve.router.calls import Call
 from prismserve.router.config import RouterConfig
+from prismserve.router.fidelity.config import FidelityConfig
 from prismserve.router.generation import Finished, TextDelta
 from prismserve.router.media import ImageSource
 from prismserve.router.requests import ModelFacts
@@ -169,7 +170,11 @@ class SmallCluster:
         self._index = await open_index(self._server.url, CLUSTER_ID)
         processor = Processor.from_directory(directory)
         config = RouterConfig(**changes)
-        self.router = RouterService(processor, self.facts, self._index, config, cluster_secret=self._secret)
+        # Replays would be measured with the requests.
+        fidelity = FidelityConfig(share=0)
+        self.router = RouterService(
+            processor, self.facts, self._index, config, cluster_secret=self._secret, fidelity=fidelity
+        )
         await self.router.start()
         deadline = time.monotonic() + START_TIMEOUT_S
         while sum(session.connected for session in self.router.pool.sessions) < workers:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from prismserve.core.prompt import block_keys, elements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from prismserve.core.prompt import Element
     from prismserve.core.types import Request
 
 
@@ -36,24 +38,40 @@ class Observed:
 
 @dataclass(slots=True)
 class InfiniteCache:
-    """Keys of all blocks that were ever computed."""
+    """All blocks that were ever computed, full and begun ones, by the key of the block before them.
+
+    As in the engine, of the first block that is not held whole, the part that some held block begins with is copied.
+    """
 
     block_tokens: int
-    _held: set[bytes] = field(default_factory=set)
+    _held: dict[bytes, set[tuple[Element, ...]]] = field(default_factory=dict)
 
     def add(self, request: Request, answer: tuple[int, ...] = ()) -> None:
         """A prompt was computed, or an answer to it; the last token of an answer never is."""
         slots = elements(request.prompt, answer[:-1])
-        self._held.update(block_keys(request.namespace, slots, self.block_tokens))
+        keys = block_keys(request.namespace, slots, self.block_tokens)
+        for number, parent in enumerate((request.namespace, *keys)):
+            block = tuple(slots[number * self.block_tokens : (number + 1) * self.block_tokens])
+            if block:
+                self._held.setdefault(parent, set()).add(block)
 
     def cached(self, request: Request) -> int:
         """Prompt tokens that need not be computed; the last one always is."""
-        found = 0
-        for key in block_keys(request.namespace, elements(request.prompt), self.block_tokens):
-            if key not in self._held:
+        slots = elements(request.prompt)
+        found, parent = 0, request.namespace
+        for key in [*block_keys(request.namespace, slots, self.block_tokens), b""]:
+            block = slots[found : found + self.block_tokens]
+            begun = max((_common(block, held) for held in self._held.get(parent, ())), default=0)
+            found += begun
+            if begun < self.block_tokens:
                 break
-            found += 1
-        return min(found * self.block_tokens, request.prompt.tokens - 1)
+            parent = key
+        return min(found, request.prompt.tokens - 1)
+
+
+def _common(one: Sequence[Element], other: Sequence[Element]) -> int:
+    """Length of the common beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def hit_rates(observed: Iterable[Observed], block_tokens: int) -> tuple[float, float]:

@@ -22,6 +22,8 @@ _HOLD: Final = 0.005
 _FIXED_SCALE_S: Final = 0.005
 _PAIR_SCALE_TOKENS: Final = 4096.0
 """So many tokens of context are expected to double what a token costs."""
+_TYPICAL_TOKENS: Final = 256
+_TOKEN_SCALE_MIN_S: Final = 0.1 / FIRST_GUESS_TOKENS_PER_S
 _SHORTEST_S: Final = 1e-5
 _TERMS: Final = 3
 
@@ -99,7 +101,9 @@ class CurveFit:
         if not self.samples:
             return assumed
         start = (assumed.fixed_s, assumed.token_s, assumed.pair_s)
-        scales = (_FIXED_SCALE_S, assumed.token_s, assumed.token_s / _PAIR_SCALE_TOKENS)
+        # Not its ``token_s``: a curve may have none, and a prior that is sure of a tiny value would never let go of it.
+        token_s = max(assumed.seconds(0, _TYPICAL_TOKENS) / _TYPICAL_TOKENS, _TOKEN_SCALE_MIN_S)
+        scales = (_FIXED_SCALE_S, token_s, token_s / _PAIR_SCALE_TOKENS)
         matrix = [list(row) for row in self._matrix]
         vector = list(self._vector)
         for i in range(_TERMS):

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from prismserve.compression.loader import codec, normalise
-from prismserve.core.errors import IncompatibleLayoutError, LeaseExpiredError, PrismServeError, TransferError
+from prismserve.core.errors import LeaseExpiredError, PrismServeError, TransferError
 from prismserve.core.prompt import block_keys, elements
 from prismserve.engine.encoding import image_label
 from prismserve.engine.image_cache import NO_LABEL, VisualTokens
+from prismserve.kv_transfer.conversion import Side, check_registered, refusal
 from prismserve.kv_transfer.manifest import Expected, build
 from prismserve.kv_transfer.plan import reserve_bytes
 from prismserve.kv_transfer.sender import Outgoing
@@ -271,13 +272,14 @@ class Exchange:
         if message.source_epoch != runtime.info.epoch:
             text = f"the request is for epoch {message.source_epoch}, this worker is in epoch {runtime.info.epoch}"
             raise LeaseExpiredError(text)
-        if message.layout_fingerprint != runtime.engine.layout.fingerprint():
-            text = (
-                f"KV layouts differ: worker {message.target_worker} and worker {runtime.info.worker_id} "
-                f"({runtime.engine.layout}) must run the same model, dtype, KV format and block size"
-            )
-            raise IncompatibleLayoutError(text)
         peer = await runtime.peers.find(message.target_worker, message.target_epoch)
+        if message.layout_fingerprint != runtime.engine.layout.fingerprint():
+            source = Side(runtime.info.worker_id, runtime.engine.layout)
+            target = Side(message.target_worker, peer.info.layout)
+            check_registered(target, message.layout_fingerprint)
+            raise refusal(
+                source, target, "keys of cached blocks name one layout, so they are pulled between equal ones"
+            )
         if message.embedding_key:
             return await self._serve_embedding(message, peer)
         return await self._serve_blocks(message, peer)

@@ -34,7 +34,13 @@ def test_an_answer_is_found_once_it_has_ended_and_without_its_last_token() -> No
     assert hit_rates([first, observed(range(10), 1.5, 3.0, 4.0)], 4)[1] == 4 / 14
     assert hit_rates([first, observed(range(10), 2.5, 3.0, 4.0)], 4)[1] == 8 / 14
     short = observed(range(4), 0.0, 1.0, 2.0, answer=(4, 5, 6, 7))
-    assert hit_rates([short, observed(range(10), 2.5, 3.0, 4.0)], 4)[1] == 4 / 14
+    assert hit_rates([short, observed(range(10), 2.5, 3.0, 4.0)], 4)[1] == 7 / 14
+
+
+def test_of_a_block_that_is_not_held_whole_the_common_beginning_counts() -> None:
+    first = observed([1, 2, 3, 4, 5, 6, 7, 8], 0.0, 1.0, 2.0)
+    assert hit_rates([first, observed([1, 2, 3, 4, 5, 6, 9, 9], 2.5, 3.0, 4.0)], 4)[1] == 6 / 16
+    assert hit_rates([first, observed([1, 2, 9, 4, 5, 6, 7, 8], 2.5, 3.0, 4.0)], 4)[1] == 2 / 16
 
 
 def test_a_chat_goes_on_from_its_answers() -> None:

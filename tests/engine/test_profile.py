@@ -26,7 +26,8 @@ def test_a_warm_up_runs_and_leaves_nothing(text) -> None:
 
 
 def test_a_pool_sized_from_free_memory_leaves_room_for_a_step(text, monkeypatch) -> None:
-    from prismserve.engine import engine as module
+    from prismserve.engine import foundation as module
+    from prismserve.engine.engine import Engine
 
     seen = {}
 
@@ -39,7 +40,7 @@ def test_a_pool_sized_from_free_memory_leaves_room_for_a_step(text, monkeypatch)
     engine = text.engine()
     assert seen["free"] == 1 << 30, "a size that is given is used as it is"
     config = engine.config.model_copy(update={"kv_cache_bytes": None, "max_step_tokens": TOKENS})
-    module.Engine(text.model, text.processor, config)
+    Engine(text.model, text.processor, config)
     assert seen["free"] == (1 << 30) - estimate_bytes(text.model, TOKENS)
 
 

@@ -69,3 +69,23 @@ def test_an_average_begins_at_its_first_value_and_follows():
     for _ in range(100):
         average.add(2.0)
     assert average.value == pytest.approx(2.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "prior", [PrefillCurve(0.0, 0.0, 0.0), PrefillCurve(0.05, 0.0, 0.0), PrefillCurve(0.0, 0.0, 1e-6)]
+)
+def test_a_prior_without_some_coefficients_is_a_prior_all_the_same(prior):
+    fit = CurveFit()
+    for tokens in (16, 200, 16):
+        fit.observe(0, tokens, TRUE.seconds(0, tokens))
+    assert fit.curve(prior).seconds(0, 200) == pytest.approx(TRUE.seconds(0, 200), rel=0.3)
+
+
+def test_whatever_is_observed_the_curve_is_finite():
+    drawn = random.Random(2)
+    shared, curve = CurveFit(), PrefillCurve()
+    for _ in range(300):
+        cached, tokens = drawn.choice([0, 16, 192, 4000]), drawn.choice([1, 7, 14, 15, 900])
+        shared.observe(cached, tokens, drawn.choice([1e-5, 0.001, 0.05, 20.0]))
+        curve = shared.curve(curve)
+        assert 0.0 <= curve.seconds(100, 100) < 1e3
