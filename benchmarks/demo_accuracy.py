@@ -350,7 +350,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     questions = draw_questions(arguments.per_family)
     began = time.monotonic()
-    flags = ("--model", "reference", "--prefill-replicas", "1", "--decode-replicas", "1")
+    replicas = ("--prefill-replicas", "1", "--decode-replicas", "1")
+    # Replays would be measured with the questions.
+    flags = ("--model", "reference", *replicas, "--fidelity-share", "0")
     try:
         with ServedCluster(flags) as cluster:
             target = cluster.addresses.grpc

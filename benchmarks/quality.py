@@ -273,7 +273,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
 
 def methods() -> tuple[str, ...]:
     """Every method that reduces visual tokens, controls first."""
-    visual = [name for name in loader.names("visual") if name != "none"]
+    visual = [name for name in loader.names("visual") if name != "none" and loader.visual_method(name).training_free]
     controls = [name for name in visual if loader.visual_method(name).section == "control"]
     inside = [
         INSIDE + name

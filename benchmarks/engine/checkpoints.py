@@ -120,7 +120,7 @@ def llava(folder: Path, shape: Shape) -> Path:
     written = config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"], "dtype": "bfloat16"}
     _write_json(directory / "config.json", written)
     _write_json(directory / "generation_config.json", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
-    tokenizer = _trained_tokenizer(min(shape.vocabulary, 768))
+    tokenizer = trained_tokenizer(min(shape.vocabulary, 768))
     tokenizer.save_pretrained(directory)
     images = CLIPImageProcessorPil(
         size={"shortest_edge": shape.image_px}, crop_size={"height": shape.image_px, "width": shape.image_px}
@@ -189,7 +189,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def _trained_tokenizer(size: int) -> PreTrainedTokenizerFast:
+def trained_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of at most so many tokens, with ``CONTROLS`` first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""One write from process to process, timed: our transports, raw NIXL, memcpy."""
+"""One write from process to process, timed: our transports, raw NIXL, memcpy, and others who take part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -44,30 +44,40 @@ def config(transport: str) -> TransferConfig:
 
 @dataclass
 class Samples:
-    """Seconds of single writes by (contender, bytes)."""
+    """Seconds of single writes: a list for each round, by (contender, bytes)."""
 
-    seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    rounds: dict[tuple[str, int], list[list[float]]] = field(default_factory=dict)
 
-    def add(self, name: str, nbytes: int, seconds: float) -> None:
-        """One write."""
-        self.seconds.setdefault((name, nbytes), []).append(seconds)
+    def add(self, name: str, nbytes: int, seconds: Sequence[float]) -> None:
+        """One contender's writes of one size in one round."""
+        self.rounds.setdefault((name, nbytes), []).append(list(seconds))
 
-    def median_s(self, name: str, nbytes: int) -> float:
-        """Median seconds of a write."""
-        return statistics.median(self.seconds[name, nbytes])
+    def best_s(self, name: str, nbytes: int) -> float:
+        """Seconds of a write at the median of the best round, which is what a busy machine disturbs least."""
+        return min(statistics.median(seconds) for seconds in self.rounds[name, nbytes])
 
     def gigabytes_per_s(self, name: str, nbytes: int) -> float:
-        """10^9 bytes per second at the median."""
-        return nbytes / self.median_s(name, nbytes) / 1e9
+        """10^9 bytes per second at that time."""
+        return nbytes / self.best_s(name, nbytes) / 1e9
 
     def names(self) -> list[str]:
         """Contenders in order of appearance."""
-        return list(dict.fromkeys(name for name, _ in self.seconds))
+        return list(dict.fromkeys(name for name, _ in self.rounds))
 
 
 def writes(nbytes: int) -> int:
     """Writes in one round."""
     return max(2, min(_ROUND_WRITES_MAX, _ROUND_BYTES // nbytes))
+
+
+def halves() -> tuple[set[int], set[int]]:
+    """Processors of those who write and of those who are written to; the same where there is one only.
+
+    Two processes that ask without pause and share a processor would measure how long the scheduler's turns are.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    half = len(allowed) // 2
+    return (set(allowed[:half]), set(allowed[half:])) if half else (set(allowed), set(allowed))
 
 
 # ---- the other process --------------------------------------------------------------------------------------------
@@ -119,12 +129,17 @@ def _nixl() -> Any:
     return _api
 
 
+def _serve_on(processors: set[int], serve: Callable[..., None], connection: Connection, *arguments: Any) -> None:
+    os.sched_setaffinity(0, processors)
+    serve(connection, *arguments)
+
+
 @contextlib.contextmanager
-def process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[Connection, Any]]:
-    """Another process that runs ``serve``; its first message."""
+def process(processors: set[int], serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[Connection, Any]]:
+    """Another process that runs ``serve`` on some processors; its first message."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    child = context.Process(target=serve, args=(there, *arguments), daemon=True)
+    child = context.Process(target=_serve_on, args=(processors, serve, there, *arguments), daemon=True)
     child.start()
     there.close()
     try:
@@ -139,6 +154,35 @@ def process(serve: Callable[..., None], *arguments: Any) -> Iterator[tuple[Conne
 # ---- contenders ---------------------------------------------------------------------------------------------------
 
 
+class Contender(Protocol):
+    """Somebody who writes from one process into another's memory."""
+
+    name: str
+
+    def times(self, nbytes: int, writes: int) -> list[float]:
+        """Seconds of each of several writes, one after the other."""
+        ...
+
+
+class Memcpy:
+    """A copy within one process, which no transfer can beat."""
+
+    name = "memcpy"
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self._source = source
+        self._target = torch.zeros_like(source)
+
+    def times(self, nbytes: int, writes: int) -> list[float]:
+        """Copies between the same two buffers."""
+        return [self._write(nbytes) for _ in range(writes)]
+
+    def _write(self, nbytes: int) -> float:
+        began = time.perf_counter()
+        self._target[:nbytes].copy_(self._source[:nbytes])
+        return time.perf_counter() - began
+
+
 def finish(handle: WriteHandle) -> None:
     """Ask until the write is with the peer."""
     while not handle.poll():
@@ -148,7 +192,8 @@ def finish(handle: WriteHandle) -> None:
 class Ours:
     """A link of ours.
 
-    Over shm the write *is* the copy into the peer's memory; over nixl and nccl the encoder has put the bytes into registered staging memory before, as raw NIXL's user has put them into registered memory.
+    Over shm the write *is* the copy into the peer's memory; over the others the encoder has put the bytes into staging
+    memory before, as raw NIXL's user has put them into registered memory.
     """
 
     def __init__(self, transport: str, source: torch.Tensor, peer: tuple[WorkerInfo, Reservation]) -> None:
@@ -160,8 +205,11 @@ class Ours:
         self._link: Link = self.hub.connect(peer[0])
         self._note = encode_probe()
 
-    def write(self, nbytes: int) -> float:
-        """Seconds of one write."""
+    def times(self, nbytes: int, writes: int) -> list[float]:
+        """Stage, fill where filling is the transfer, submit, ask until it is there."""
+        return [self._write(nbytes) for _ in range(writes)]
+
+    def _write(self, nbytes: int) -> float:
         began = time.perf_counter()
         staged = self._link.stage(0, nbytes)
         if self.name == "shm":
@@ -180,8 +228,9 @@ class Raw:
 
     name = "raw nixl"
 
-    def __init__(self, source: torch.Tensor, peer: tuple[bytes, int]) -> None:
+    def __init__(self, source: torch.Tensor, target: tuple[Connection, tuple[bytes, int]]) -> None:
         api = _nixl()
+        self._connection, peer = target
         self._agent = api.nixl_agent("source", api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
         self._source = source
         self._agent.register_memory(source)
@@ -189,8 +238,16 @@ class Raw:
         self._peer = found.decode() if isinstance(found, bytes) else found
         self._base = peer[1]
 
-    def write(self, nbytes: int) -> float:
-        """Seconds of one write."""
+    def times(self, nbytes: int, writes: int) -> list[float]:
+        """Writes while the target makes progress without pause."""
+        self._connection.send("spin")
+        try:
+            return [self._write(nbytes) for _ in range(writes)]
+        finally:
+            self._connection.send("stop")
+            self._connection.recv()
+
+    def _write(self, nbytes: int) -> float:
         agent = self._agent
         began = time.perf_counter()
         here = agent.get_xfer_descs([(self._source.data_ptr(), nbytes, 0)], "DRAM")
@@ -206,46 +263,41 @@ class Raw:
         return time.perf_counter() - began
 
 
-def round_of(samples: Samples, name: str, sizes: Sequence[int], write: Callable[[int], float]) -> None:
-    """One round of writes of every size."""
-    for nbytes in sizes:
-        for index in range(writes(nbytes) + _WARM_UP):
-            seconds = write(nbytes)
-            if index >= _WARM_UP:
-                samples.add(name, nbytes, seconds)
+def measure(
+    sizes: Sequence[int],
+    transports: Sequence[str],
+    others: Sequence[Contender] = (),
+    *,
+    rounds: int = ROUNDS,
+    processors: tuple[set[int], set[int]] | None = None,
+) -> Samples:
+    """Rounds of all contenders, taking turns at each size, so that what else the machine does meets all of them alike.
 
-
-def measure(sizes: Sequence[int], transports: Sequence[str], *, raw: bool, rounds: int = ROUNDS) -> Samples:
-    """Rounds of all contenders, taking turns, so that what else the machine does meets all of them alike."""
+    Args:
+        sizes: bytes of a write.
+        transports: ours.
+        others: contenders beside memcpy, ours and raw NIXL.
+        rounds: how often each takes its turn at each size.
+        processors: of this process and of those it writes to; None takes :func:`halves`.
+    """
     torch.set_num_threads(1)
+    here, there = processors or halves()
+    os.sched_setaffinity(0, here)
     samples = Samples()
     source = torch.ones(max(sizes), dtype=torch.uint8)
-    copy = torch.zeros_like(source)
-
-    def memcpy(nbytes: int) -> float:
-        began = time.perf_counter()
-        copy[:nbytes].copy_(source[:nbytes])
-        return time.perf_counter() - began
-
     with contextlib.ExitStack() as stack:
-        ours: list[Ours] = []
+        stack.callback(os.sched_setaffinity, 0, here | there)
+        contenders: list[Contender] = [Memcpy(source)]
         for transport in transports:
-            _, peer = stack.enter_context(process(serve_ours, transport))
+            _, peer = stack.enter_context(process(there, serve_ours, transport))
             contender = Ours(transport, source, peer)
             stack.callback(contender.close)
-            ours.append(contender)
-        rival: Raw | None = None
-        connection: Connection | None = None
-        if raw:
-            connection, peer = stack.enter_context(process(serve_raw))
-            rival = Raw(source, peer)
+            contenders.append(contender)
+        contenders.append(Raw(source, stack.enter_context(process(there, serve_raw))))
+        contenders.extend(others)
         for _ in range(rounds):
-            round_of(samples, "memcpy", sizes, memcpy)
-            for contender in ours:
-                round_of(samples, contender.name, sizes, contender.write)
-            if rival is not None and connection is not None:
-                connection.send("spin")
-                round_of(samples, rival.name, sizes, rival.write)
-                connection.send("stop")
-                connection.recv()
+            for nbytes in sizes:
+                for contender in contenders:
+                    seconds = contender.times(nbytes, writes(nbytes) + _WARM_UP)
+                    samples.add(contender.name, nbytes, seconds[_WARM_UP:])
     return samples

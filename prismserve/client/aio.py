@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -18,13 +18,13 @@ from prismserve.client.channel import (
 )
 from prismserve.client.errors import RpcFailure, from_rpc
 from prismserve.client.requests import build_request, checked_timeout, choices_of, timeout_of
-from prismserve.client.responses import AnswerFold, models_of, status_of
+from prismserve.client.responses import AnswerFold, models_of, presets_of, status_of
 from prismserve.client.retry import Attempts, RetryPolicy
 from prismserve.protocol import prismserve_pb2 as pb
 from prismserve.protocol import prismserve_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping
     from types import TracebackType
     from typing import Unpack
 
@@ -84,6 +84,11 @@ class AsyncClient:
     async def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
         """Workers, pools and counters."""
         return status_of(await self._unary(self._stub.GetStatus, pb.GetStatusRequest(), timeout_s))
+
+    async def set_preset(self, preset: str, control: str, *, timeout_s: float | None = None) -> Mapping[str, Any]:
+        """An operator's word about a preset; see :meth:`prismserve.client.Client.set_preset`."""
+        request = pb.SetPresetRequest(preset=preset, control=control)
+        return presets_of(await self._unary(self._stub.SetPreset, request, timeout_s))
 
     async def close(self) -> None:
         """Close the connection; calls in progress end with CancelledError. Closing twice is fine."""

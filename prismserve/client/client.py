@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import grpc
 
@@ -17,13 +17,13 @@ from prismserve.client.channel import (
 )
 from prismserve.client.errors import RpcFailure, from_rpc
 from prismserve.client.requests import build_request, checked_timeout, choices_of, timeout_of
-from prismserve.client.responses import AnswerFold, models_of, status_of
+from prismserve.client.responses import AnswerFold, models_of, presets_of, status_of
 from prismserve.client.retry import Attempts, RetryPolicy
 from prismserve.protocol import prismserve_pb2 as pb
 from prismserve.protocol import prismserve_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
     from types import TracebackType
     from typing import Unpack
 
@@ -98,6 +98,21 @@ class Client:
     def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
         """Workers, pools and counters."""
         return status_of(self._unary(self._stub.GetStatus, pb.GetStatusRequest(), timeout_s))
+
+    def set_preset(self, preset: str, control: str, *, timeout_s: float | None = None) -> Mapping[str, Any]:
+        """An operator's word about a preset of the router that answers.
+
+        Args:
+            preset: ``turbo``, ``balanced`` or ``quality``.
+            control: ``hold`` serves the next milder one in its place, ``release`` keeps it in force whatever replays
+                say, ``auto`` leaves it to the fidelity guard.
+            timeout_s: deadline of this call, in seconds.
+
+        Returns:
+            The block ``fidelity`` of the status document as it is then.
+        """
+        request = pb.SetPresetRequest(preset=preset, control=control)
+        return presets_of(self._unary(self._stub.SetPreset, request, timeout_s))
 
     def close(self) -> None:
         """Close the connection; calls in progress end with CancelledError. Closing twice is fine."""

@@ -261,6 +261,21 @@ def status_of(message: pb.GetStatusResponse) -> ClusterStatus:
     return ClusterStatus(workers, document)
 
 
+def presets_of(message: pb.SetPresetResponse) -> Mapping[str, Any]:
+    """Read the state of the presets; InternalServerError when it is no document with a block ``presets``."""
+    try:
+        document = json.loads(message.json)
+        known = isinstance(document["presets"], dict)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        text = f"the state of the presets cannot be read ({type(error).__name__}: {error})"
+        raise InternalServerError(text) from None
+    if not known:
+        text = "the state of the presets is not a mapping"
+        raise InternalServerError(text)
+    found: Mapping[str, Any] = document
+    return found
+
+
 def _worker(entry: Mapping[str, Any]) -> WorkerStatus:
     counters = entry.get("stats") or {}
     # A newer server may report counters this SDK does not know: they stay in the document.

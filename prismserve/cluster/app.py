@@ -12,6 +12,7 @@ from ray import serve
 
 from prismserve.cluster.routers import Router, RouterFacts
 from prismserve.cluster.settings import Settings, load_settings, read_tenants
+from prismserve.cluster.share import WorkerShare, worker_share
 from prismserve.cluster.workers import Worker
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.hashing import digest
@@ -47,39 +48,6 @@ class ClusterFacts:
     cpus: float
     gpus: float
     router_slots: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerShare:
-    """What one worker asks Ray for, and how many threads it computes with."""
-
-    cpus: float
-    gpus: float
-    threads: int
-
-    @property
-    def device(self) -> str:
-        """The torch device of the worker."""
-        return "cuda" if self.gpus else "cpu"
-
-    def options(self) -> dict[str, Any]:
-        """Serve deployment options: plain actor resources, or a placement group when one worker spans GPUs."""
-        if self.gpus > 1:
-            return {
-                "ray_actor_options": {"num_cpus": self.cpus},
-                "placement_group_bundles": [{"CPU": self.cpus, "GPU": self.gpus}],
-                "placement_group_strategy": "STRICT_PACK",
-            }
-        return {"ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus}}
-
-
-def worker_share(settings: Settings, cpus: float, gpus: float) -> WorkerShare:
-    """Divide the cluster among the workers."""
-    per_worker = settings.cpus_per_worker or max(0.01, round(cpus * 0.9 / settings.workers, 2))
-    wanted_gpus = settings.num_gpus_per_worker
-    if wanted_gpus is None:
-        wanted_gpus = 1.0 if gpus >= settings.workers else (gpus / settings.workers if gpus else 0.0)
-    return WorkerShare(per_worker, wanted_gpus, max(1, int(settings.cpus_per_worker or cpus / settings.workers)))
 
 
 def require_gpus(settings: Settings, facts: ClusterFacts) -> None:
@@ -149,7 +117,7 @@ def application(settings: Settings, facts: ClusterFacts, board: Any = None) -> A
             **share.options(),
         )
         config = worker_config(settings, facts, share, role)
-        pools.append(deployment.bind(config, board, settings.startup_timeout_s, settings.log_level))
+        pools.append(deployment.bind(config, share, board, settings.startup_timeout_s, settings.log_level))
     router = serve.deployment(
         Router,
         name="router",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismserve.cluster.checks import preflight
+from prismserve.core.cores import visible_cores
 from prismserve.core.errors import ConfigurationError, DeadlineExceededError
 from prismserve.core.types import WorkerState
 from prismserve.kv_transfer.index.embedded import EmbeddedServer
@@ -122,7 +123,7 @@ class Cluster:
         try:
             if self._owns_ray:
                 ray.init(
-                    num_cpus=max(2, os.cpu_count() or 2),
+                    num_cpus=max(2, visible_cores()),
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     namespace=RAY_NAMESPACE,

@@ -84,6 +84,7 @@ class Router:
             router_id=f"router-{os.getpid()}-{secrets.token_hex(4)}",
             cluster_secret=facts.cluster_secret,
             tenants=Tenants(facts.tenants),
+            fidelity=settings.fidelity,
         )
         await self._service.start()
         self._doors = FrontDoors(self._service)
@@ -109,6 +110,7 @@ class Router:
             fingerprint=fingerprint,
             encoder_fingerprint=encoder_fingerprint(fingerprint),
             layout=layout,
+            embedding_token_bytes=info.hidden_size * layout.dtype_bytes,
             max_model_len=min(info.max_model_len, settings.engine.max_model_len or info.max_model_len),
         )
 

@@ -31,6 +31,7 @@ from prismserve.kv_transfer.index.url import parse_url
 from prismserve.kv_transfer.tiers.config import TierConfig
 from prismserve.models.source import REFERENCE
 from prismserve.router.config import RouterConfig
+from prismserve.router.fidelity.config import FidelityConfig
 from prismserve.router.tenants import TenantsFile
 
 if TYPE_CHECKING:
@@ -92,6 +93,12 @@ class Settings(FrozenConfig):
         allow_inf_nan=False,
         description="CPU cores each worker asks Ray for (count, fractions allowed); unset: an equal share.",
     )
+    threads_per_worker: PositiveInt | None = Field(
+        default=None,
+        description="Threads each worker computes with (count); unset: the whole cores of `cpus_per_worker`, and where "
+        "that is unset too, the cores a worker may use by its affinity and control groups divided by the workers that "
+        "fit on its node.",
+    )
     redis_url: str | None = Field(
         default=None,
         repr=False,
@@ -128,6 +135,9 @@ class Settings(FrozenConfig):
     )
     index: IndexConfig = Field(default_factory=IndexConfig, description="Prefix index and worker registry.")
     router: RouterConfig = Field(default_factory=RouterConfig, description="Front doors, limits and placement.")
+    fidelity: FidelityConfig = Field(
+        default_factory=FidelityConfig, description="Replays of compressed requests without compression."
+    )
 
     @model_validator(mode="after")
     def _can_serve(self) -> Self:

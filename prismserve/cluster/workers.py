@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from prismserve.cluster.share import WorkerShare
 from prismserve.cluster.startup import Reporter, configure_logging
 from prismserve.core.errors import PrismServeError
 from prismserve.core.types import Role
@@ -33,22 +34,33 @@ ATTACH: dict[Role, Callable[[WorkerRuntime], None]] = {
 }
 
 
+def node_resources() -> dict[str, float]:
+    """What Ray may give away on this node."""
+    here = ray.get_runtime_context().get_node_id()
+    return next((dict(node["Resources"]) for node in ray.nodes() if node["NodeID"] == here), {})
+
+
 class Worker:
     """One worker process.
 
     Args:
         config: the worker's configuration; an empty ``host`` takes this node's address.
+        share: what it has of the cluster; says how many workers may compute beside it on this node.
         board: start-up board, or None.
         start_timeout_s: how long loading and registering may take.
         log_level: least severe message that is logged.
     """
 
-    def __init__(self, config: WorkerConfig, board: Any, start_timeout_s: float, log_level: str) -> None:
+    def __init__(
+        self, config: WorkerConfig, share: WorkerShare, board: Any, start_timeout_s: float, log_level: str
+    ) -> None:
         configure_logging(log_level)
         report = Reporter(board, f"{config.role.value} worker {os.getpid()}")
         report("starting")
+        here: dict[str, Any] = {"node_workers": share.on_node(node_resources())}
         if not config.host:
-            config = config.model_copy(update={"host": ray.util.get_node_ip_address()})
+            here["host"] = ray.util.get_node_ip_address()
+        config = config.model_copy(update=here)
         try:
             self._host = WorkerHost(config, ATTACH[config.role], report, start_timeout_s)
         except PrismServeError as error:

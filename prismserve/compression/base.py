@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -44,6 +45,12 @@ class Share(enum.StrEnum):
     PRIVATE = "PRIV"
 
 
+Reduction: TypeAlias = Literal["mean", "max"]
+
+Asked: TypeAlias = Callable[[float, Reduction], "torch.Tensor"]
+"""See ``VisualFeatures.asked``."""
+
+
 class Need(enum.StrEnum):
     """What the engine must provide beside the tokens themselves."""
 
@@ -52,9 +59,10 @@ class Need(enum.StrEnum):
     TEXT_TOWER = "text_tower"
     PROJECTED = "projected"
     TEXT_EMBEDDINGS = "text_embeddings"
+    QUESTION_ATTENTION = "question_attention"
 
 
-FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS})
+FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION})
 """What every model that sees can provide; the rest depends on its encoder."""
 
 
@@ -75,6 +83,9 @@ class VisualFeatures:
         projected: [N, D] the decoder's inputs if every token were kept; None unless asked for.
         text: [M, D] the decoder's embeddings of the scoring text (see ``Request.scoring_token_ids``), M may be 0; None
             unless asked for.
+        asked: attention that the scoring text pays to each token inside the decoder, [N] float32, computed when called with
+            the depth of the layer, as a share of all layers, and how heads and rows of the text are taken together;
+            zeros if there is no text. A pass of the decoder up to that layer. None unless asked for.
         aligned: [N, P] patches in the space the encoder shares with its text tower; None unless asked for.
         aligned_text: [S, P] segments of the scoring text in that space; None unless asked for.
     """
@@ -87,6 +98,7 @@ class VisualFeatures:
     frames: int = 1
     projected: torch.Tensor | None = None
     text: torch.Tensor | None = None
+    asked: Asked | None = None
     aligned: torch.Tensor | None = None
     aligned_text: torch.Tensor | None = None
 
@@ -98,10 +110,19 @@ class VisualPlan:
     Attributes:
         indices: [k] int64, ascending, unique raster indices into ``tokens``; survivors keep these positions.
         weights: None, or [k, N] float32; survivor i becomes ``weights[i] @ tokens``.
+        order: of a ``nested`` method that merges nothing, [k] int64, places in ``indices``, the first to keep first: a
+            budget of m keeps the first m of them. None if that is not said.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    @classmethod
+    def in_order(cls, chosen: torch.Tensor) -> VisualPlan:
+        """The plan that keeps these indices, [k] int64, given in the order in which they were chosen."""
+        indices, places = chosen.sort()
+        return cls(indices, order=places.argsort())
 
 
 class KeepConfig(FrozenConfig):

@@ -84,6 +84,25 @@ def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionP
     return CompressionPlan(visual, on_wire, _CUSTOM if changed else base.preset, prefill)
 
 
+def asked(value: str | Mapping[str, Any] | None, default: str) -> str | None:
+    """The preset that a request asks for and changes nothing of, itself or through the server's default.
+
+    Args:
+        value: as for :func:`resolve`, which has accepted it.
+        default: as there.
+
+    Returns:
+        Its name; None where the request names a method, a codec or a parameter.
+    """
+    if isinstance(value, Mapping):
+        given = {key: item for key, item in value.items() if item is not None}
+        if given.keys() - {"preset"}:
+            return None
+        value = given.get("preset")
+    name = default if value is None else value
+    return name if name in _PRESETS else None
+
+
 def _base(preset: Any, default: str) -> CompressionPlan:
     if preset is None:
         return _named(default, "")

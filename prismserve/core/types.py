@@ -427,9 +427,13 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """The one stats record every worker reports, for status, routing and autoscaling."""
+    """The one stats record every worker reports, for status, routing and autoscaling.
+
+    ``link_bytes_per_s`` are the measured rates of its links, by the worker they lead to.
+    """
 
     worker_id: str = ""
+    threads: int = 0
     waiting: int = 0
     running: int = 0
     kv_blocks_total: int = 0
@@ -440,6 +444,7 @@ class WorkerStats:
     image_queries: int = 0
     image_hits: int = 0
     encoded_images: int = 0
+    derived_images: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
@@ -450,11 +455,15 @@ class WorkerStats:
     transfer_failures: int = 0
     prefill_tokens_per_s: float = 0.0
     step_ms: float = 0.0
+    tier_host_bytes_per_s: float = 0.0
+    tier_disk_bytes_per_s: float = 0.0
     tier_host_blocks: int = 0
     tier_disk_blocks: int = 0
+    tier_restored_images: int = 0
     tier_restored_tokens: int = 0
     tier_corrupt_blocks: int = 0
     tier_errors: int = 0
+    link_bytes_per_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,6 +569,8 @@ class PrefillReport:
     """What the prefill side measured for one request, for the usage report.
 
     ``visual_tokens_by_cut`` are the visual tokens a prefill method left behind each of its cuts; empty without one.
+    ``fetch_ms`` is the time before the engine saw the request, in which ``restored_tokens`` came from the worker's own
+    tiers and ``pulled_tokens`` from another worker; both are part of ``cached_tokens`` if they were still there.
     """
 
     worker_id: str = ""
@@ -576,6 +587,9 @@ class PrefillReport:
     transfer_exposed_ms: float = 0.0
     transport: str = "local"
     visual_tokens_by_cut: tuple[int, ...] = ()
+    fetch_ms: float = 0.0
+    restored_tokens: int = 0
+    pulled_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -592,12 +606,48 @@ class TokenOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutePrediction:
+    """What placement expected of its choice, in seconds; the whole is the time from there to the first token.
+
+    Attributes:
+        base_s: beside everything else.
+        queue_s: behind other requests.
+        fetch_s: restoring and pulling.
+        encode_s: encoding images.
+        prefill_s: computing the prompt.
+        transfer_s: bytes that reach the decode worker after the prefill has ended.
+        handoff_s: of a handoff, beside the bytes.
+        other_s: the whole of the best choice of the other kind (local or disaggregated); 0 if there was none.
+        ways: how each part of the prompt gets to the worker.
+        idle: whether the chosen workers had no other request.
+    """
+
+    base_s: float = 0.0
+    queue_s: float = 0.0
+    fetch_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    handoff_s: float = 0.0
+    other_s: float = 0.0
+    ways: tuple[str, ...] = ()
+    idle: bool = False
+
+    @property
+    def total_s(self) -> float:
+        """The whole."""
+        parts = (self.queue_s, self.fetch_s, self.encode_s, self.prefill_s, self.transfer_s, self.handoff_s)
+        return self.base_s + sum(parts)
+
+
+@dataclass(frozen=True, slots=True)
 class RouteDecision:
     """Where a request goes, and why.
 
     ``prefill_worker`` None means the decode worker prefills locally. ``pull_from`` names a worker that holds
     ``pull_blocks`` leading blocks the prefill worker lacks. ``embedding_holders`` gives, per image, a worker that
-    holds its embeddings, or "".
+    holds its embeddings, or "". ``restore`` False tells it not to read its own tiers, because something else is faster.
+    ``compress_harder`` sends the KV under the codec the request allows for that.
     """
 
     decode_worker: str
@@ -606,6 +656,9 @@ class RouteDecision:
     pull_from: str | None = None
     pull_blocks: int = 0
     embedding_holders: tuple[str, ...] = ()
+    restore: bool = True
+    compress_harder: bool = False
+    prediction: RoutePrediction | None = None
 
 
 def namespace(model_fingerprint: bytes, layout: KVLayout, tenant_salt: bytes) -> bytes:

@@ -21,6 +21,7 @@ from prismserve.core.errors import (
     PrismServeError,
     TransferError,
 )
+from prismserve.kv_transfer.conversion import Side, check_convertible, check_registered
 from prismserve.kv_transfer.manifest import Expected
 from prismserve.kv_transfer.plan import reserve_bytes, reserve_layers_bytes
 from prismserve.protocol import convert
@@ -28,7 +29,7 @@ from prismserve.protocol import worker_pb2 as pb
 from prismserve.worker_runtime.jobs import failure
 
 if TYPE_CHECKING:
-    from prismserve.core.types import Manifest, PrefillReport, Request, Reservation
+    from prismserve.core.types import KVLayout, Manifest, MethodSpec, PrefillReport, Request, Reservation
     from prismserve.engine.constraints import Matcher
     from prismserve.engine.engine import ImportTicket
     from prismserve.worker_runtime.jobs import Submission
@@ -106,11 +107,10 @@ class Landing:
             event.set()
 
     async def cancel(self, ref: RequestRef) -> None:
-        """The router is no longer interested."""
+        """The router is no longer interested. The engine itself is told by :class:`LocalJobs`."""
         arrival = self._arrivals.get(ref)
         if arrival is not None:
             await self._abandon(arrival)
-        await self._runtime.on_engine(lambda engine: engine.cancel(*ref))
 
     async def _admit(self, arrival: Arrival) -> None:
         """Allocate blocks, in order of arrival, as running requests free them."""
@@ -208,12 +208,8 @@ class Landing:
         if message.target_epoch != runtime.info.epoch:
             text = f"reservation is for epoch {message.target_epoch}, this worker is in epoch {runtime.info.epoch}"
             raise LeaseExpiredError(text, request_id=request.request_id)
-        if message.layout_fingerprint != runtime.engine.layout.fingerprint():
-            text = (
-                f"KV layouts differ: worker {message.source_worker} and worker {runtime.info.worker_id} "
-                f"({runtime.engine.layout}) must run the same model, dtype, KV format and block size"
-            )
-            raise IncompatibleLayoutError(text, request_id=request.request_id)
+        codec = convert.method_from_proto(message.codec)
+        layout = await self._source_layout(message, codec)
         try:
             ticket = await asyncio.wait_for(
                 asyncio.shield(arrival.ticket), max(0.0, arrival.deadline - time.monotonic())
@@ -224,7 +220,6 @@ class Landing:
         if message.prompt_tokens != ticket.prompt_tokens:
             text = f"the prompt has {ticket.prompt_tokens} tokens here and {message.prompt_tokens} at the sender"
             raise TransferError(text, request_id=request.request_id)
-        codec = convert.method_from_proto(message.codec)
         expected = Expected(
             request_id=request.request_id,
             attempt=request.attempt,
@@ -234,8 +229,9 @@ class Landing:
             codec=codec,
             prompt_tokens=ticket.prompt_tokens,
             cached_tokens=ticket.cached_tokens,
+            source_layout=layout,
         )
-        layout, prompt_tokens = runtime.engine.layout, ticket.prompt_tokens
+        prompt_tokens = ticket.prompt_tokens
         if request.compression.prefill.name == "none":
             slots = Slots.of(request.prompt, prompt_tokens)
             nbytes = reserve_bytes(prompt_tokens - ticket.cached_tokens, codec, layout, slots)
@@ -244,6 +240,18 @@ class Landing:
             nbytes = reserve_layers_bytes(missing, codec, layout)
         arrival.reservation = runtime.receiver.reserve(expected, nbytes, runtime.engine.import_writer(ticket))
         return arrival.reservation
+
+    async def _source_layout(self, message: pb.ReserveRequest, codec: MethodSpec) -> KVLayout:
+        """The layout of the KV that will arrive: this worker's own, or one that it can convert."""
+        runtime = self._runtime
+        own = runtime.engine.layout
+        if message.layout_fingerprint == own.fingerprint():
+            return own
+        peer = await runtime.peers.find(message.source_worker, message.source_epoch)
+        source = Side(message.source_worker, peer.info.layout)
+        check_registered(source, message.layout_fingerprint)
+        check_convertible(source, Side(runtime.info.worker_id, own), codec)
+        return source.layout
 
     async def commit(self, message: pb.CommitRequest) -> pb.CommitReply:
         """Start decoding if everything arrived and matches its manifest."""

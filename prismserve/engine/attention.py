@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prismserve.kernels.dispatch import use_native
+from prismserve.kernels.layer_stack import STORABLE
 from prismserve.kernels.paged_attention import attend, attend_with_lse, plan_batch, write_kv
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from prismserve.engine.pool import KVPool
     from prismserve.engine.ragged import LayerTable
+    from prismserve.kernels.layer_stack import LayerStack
     from prismserve.kernels.paged_attention import PagedBatch
     from prismserve.kernels.paged_cache import LayerKV
 
@@ -52,6 +54,19 @@ class PagedAttention:
         self._scale = pool.layout.head_dim**-0.5
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         self._batch = plan_batch(tables, counts, ends, pool.block_tokens, pool.device)
+
+    def stacks(self) -> bool:
+        """Whether :meth:`run_stack` can run this step: uniform sequences over a plain pool, planned for native kernels."""
+        plain = not self._pool.layout.quantised and self._pool.storage.dtype in STORABLE
+        return plain and not self._ragged and self._batch.native is not None
+
+    def run_stack(
+        self, stack: LayerStack, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], layers: int
+    ) -> torch.Tensor:
+        """The first ``layers`` layers over the step, in place: [T, D] float32 to the same."""
+        assert self._batch.native is not None  # noqa: S101 - stacks() was asked
+        stack.run(x, angles, self._pool.storage, self._slots, self._batch.native, self._scale, layers)
+        return x
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store k and v ([T, kv_heads, d], after RoPE) and return the attention output [T, heads, d]."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from prismserve.core.types import BlockKey
     from prismserve.engine.pool import KVPool
     from prismserve.engine.sequence import Sequence
 
@@ -233,6 +234,19 @@ class BlockManager:
             slots = sequence.slots[index * block : sequence.cached]
             key = block_key(parent, slots)
             self.prefix.insert(parent, key, sequence.table[index], slots, owner_of(sequence))
+
+    def copy_out(self, key: BlockKey, target: torch.Tensor) -> CacheOwner | None:
+        """Copy a cached full block, which may leave the cache meanwhile; see ``Engine.copy_block``."""
+        found = self.prefix.full_block(key)
+        if found is None:
+            return None
+        group, owner = found
+        (tag,) = self.pool.tags((group,))
+        self.pool.memory.copy_group_out(group, target)
+        # A full, listed block does not change; what left the list meanwhile has another tag, or another key.
+        if self.prefix.full_block(key) != found or self.pool.tags((group,)) != (tag,):
+            return None
+        return CacheOwner(owner, self.prefix.share_of(owner))
 
     def release(self, sequence: Sequence) -> None:
         """Drop the sequence's blocks."""

@@ -38,6 +38,8 @@ class EngineConfig(FrozenConfig):
         max_running: sequences that hold KV blocks at one time.
         max_waiting: submitted sequences that do not run yet; one more is refused.
         image_cache_bytes: memory of the image-embedding cache.
+        derive_images: an image that is cached under a larger budget of a nested visual method is not encoded again for a
+            smaller one.
         prefix_caching: whether full blocks are kept for later requests.
         max_model_len: longest sequence in tokens; None takes the model's own limit.
         max_encode_images: images encoded in one step, so that a request with many does not stall decodes.
@@ -60,6 +62,7 @@ class EngineConfig(FrozenConfig):
     swap_bytes: int = Field(default=1024 * _MIB, ge=0)
     max_running: PositiveInt = 64
     max_waiting: PositiveInt = 256
+    derive_images: bool = True
     image_cache_bytes: int = Field(default=256 * _MIB, ge=0)
     prefix_caching: bool = True
     max_model_len: PositiveInt | None = None

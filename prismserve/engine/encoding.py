@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prismserve.compression.base import Share
+from prismserve.compression.loader import visual_method
 from prismserve.core.errors import InvalidRequestError, PrismServeError
+from prismserve.core.hashing import canonical_json, digest
+from prismserve.engine.image_cache import ImageLabel
+from prismserve.engine.metrics import MovingAverage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from prismserve.core.types import MediaInput, MethodSpec
+    from prismserve.core.types import MediaInput, MethodSpec, Request
     from prismserve.engine.image_cache import ImageCache
     from prismserve.engine.sequence import ImageSpan, Sequence
     from prismserve.engine.vision import VisionPipeline
@@ -26,17 +31,28 @@ class _Job:
     inputs: ImageInputs
     spec: MethodSpec
     scoring_token_ids: tuple[int, ...]
+    label: ImageLabel
     takers: list[Sequence]
 
 
 class ImageStage:
-    """Fills ``Sequence.images`` from the cache or by encoding."""
+    """Fills ``Sequence.images`` from the cache or by encoding.
 
-    def __init__(self, pipeline: VisionPipeline, cache: ImageCache, clock: Callable[[], float]) -> None:
-        """Encode with ``pipeline``; ``clock`` measures, in seconds."""
+    Attributes:
+        derived: images that were derived from the same image under a larger budget.
+        token_s: moving average of the time of encoding, in seconds for each visual token before compression.
+    """
+
+    def __init__(
+        self, pipeline: VisionPipeline, cache: ImageCache, clock: Callable[[], float], *, derives: bool = True
+    ) -> None:
+        """Encode with ``pipeline``; ``clock`` measures, in seconds; ``derives`` lets larger budgets stand for smaller."""
         self._pipeline = pipeline
         self._cache = cache
         self._clock = clock
+        self._derives = derives
+        self.derived = 0
+        self.token_s = MovingAverage()
 
     def run(
         self, candidates: Iterable[tuple[Sequence, int]], max_images: int
@@ -75,6 +91,10 @@ class ImageStage:
         for span in missing:
             key, index = span.segment.key, span.segment.media_index
             held = self._cache.get(key)
+            label = image_label(sequence.request, index)
+            if held is None and self._derives:
+                held = self._cache.derive(key, label, span.segment.tokens)
+                self.derived += held is not None
             if held is not None:
                 sequence.images[key] = held
             elif key in jobs:
@@ -88,9 +108,10 @@ class ImageStage:
                 sequence.timings.images_encoded += 1
                 request = sequence.request
                 spec, scoring = request.compression.visual, request.scoring_token_ids
-                jobs[key] = _Job(key, media[index], inputs, spec, scoring, [sequence])
+                jobs[key] = _Job(key, media[index], inputs, spec, scoring, label, [sequence])
 
     def _encode(self, spec: MethodSpec, jobs: list[_Job]) -> list[tuple[Sequence, PrismServeError]]:
+        started = self._clock()
         try:
             results = self._pipeline.encode(
                 [job.key for job in jobs],
@@ -98,10 +119,35 @@ class ImageStage:
                 [job.inputs for job in jobs],
                 spec,
                 [job.scoring_token_ids for job in jobs],
+                [job.label for job in jobs],
             )
         except PrismServeError as error:
             return [(taker, error) for job in jobs for taker in job.takers]
+        self.token_s.add((self._clock() - started) / max(1, sum(visual.raw_tokens for visual in results)))
         for job, visual in zip(jobs, results, strict=True):
             for taker in job.takers:
                 taker.images[job.key] = visual
         return []
+
+
+def image_label(request: Request, index: int) -> ImageLabel:
+    """Whose image ``index`` of a request is, and its family under all budgets of a nested method.
+
+    The request's namespace stands for model and tenant: images are derived for whoever could have shared them.
+    """
+    spec = request.compression.visual
+    method = visual_method(spec.name)
+    if not method.nested or method.share is not Share.AGNOSTIC or not 0 <= index < len(request.media):
+        return ImageLabel(request.tenant, request.cache_share)
+    media = request.media[index]
+    rest = {name: value for name, value in spec.params if name != "keep"}
+    family = digest(
+        "image-family",
+        request.namespace,
+        media.pixel_hash,
+        media.kind.encode(),
+        len(request.media).to_bytes(4, "little"),
+        spec.name.encode(),
+        canonical_json(rest),
+    )
+    return ImageLabel(request.tenant, request.cache_share, family)

@@ -15,22 +15,19 @@ from prismserve.core.errors import (
     OutOfBlocksError,
     OverloadedError,
 )
-from prismserve.core.types import KVLayout, WorkerStats
+from prismserve.core.types import WorkerStats
 from prismserve.engine.blocks import BlockManager
+from prismserve.engine.checks import accepts_layers, check_arrival, check_compactable, check_taps
 from prismserve.engine.constraints import ConstraintCompiler, checked_matcher
 from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
-from prismserve.engine.graphs import DecodeGraphs, replay_for
+from prismserve.engine.foundation import lay_foundation
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
 from prismserve.engine.metrics import Counters, MovingAverage
-from prismserve.engine.pool import KVPool
-from prismserve.engine.prefix_cache import CacheOwner
-from prismserve.engine.profile import profile_bytes
 from prismserve.engine.pruning import plan_pruning
 from prismserve.engine.runner import ModelRunner
 from prismserve.engine.sequence import Sequence, State, Work
-from prismserve.engine.sizing import free_memory, kv_dtype, kv_format, plan_kv_groups
 from prismserve.engine.stepper import Stepper
 from prismserve.engine.vision import VisionPipeline
 
@@ -41,7 +38,8 @@ if TYPE_CHECKING:
     from prismserve.core.types import BlockKey, PrefillReport, Request, TokenLogprobs, TokenOutput
     from prismserve.engine.config import EngineConfig
     from prismserve.engine.constraints import Matcher
-    from prismserve.engine.prefix_cache import CacheEvents
+    from prismserve.engine.prefix_cache import CacheEvents, CacheOwner
+    from prismserve.engine.pruning import Pruning
     from prismserve.engine.taps import Taps
     from prismserve.models.base import VisionLanguageModel
     from prismserve.models.processing import Processor
@@ -62,6 +60,7 @@ class Engine:
         layout: of the KV blocks.
         pool: the blocks.
         image_cache: embeddings of images.
+        vision: encodes them; for the engine's thread alone.
         max_model_len: longest sequence, in positions.
         constraints: compiles what :meth:`submit` and :meth:`begin_import` want beside a constrained request.
     """
@@ -79,36 +78,21 @@ class Engine:
         if self.max_model_len > model.max_model_len:
             message = f"max_model_len {self.max_model_len} is beyond the model's own {model.max_model_len}"
             raise ConfigurationError(message, field="max_model_len")
-        decoder = model.decoder.config
-        self.layout = KVLayout(
-            dtype=kv_dtype(config.kv_cache_dtype, model.dtype),
-            layers=decoder.layers,
-            kv_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            block_tokens=config.block_tokens,
-            position_scheme=decoder.position_scheme,
-            kv_format=kv_format(config.kv_cache_dtype, decoder.head_dim),
-        )
-        free, share = free_memory(model.device)
-        if config.kv_cache_bytes is None:
-            free = max(0, free - profile_bytes(model, self.layout, config.max_step_tokens))
-        groups = plan_kv_groups(config, self.layout, free, self.max_model_len, share=share)
-        replay = replay_for(config, decoder, model.device)
-        self.pool = KVPool(self.layout, groups, model.device, scratch=replay is not None)
-        per_sequence = self.pool.blocks_for(self.max_model_len)
-        graphs = None if replay is None else DecodeGraphs(model, self.pool, config.max_running, per_sequence, replay)
+        foundation = lay_foundation(model, config, self.max_model_len)
+        self.layout = foundation.layout
+        self.pool = foundation.pool
         self.image_cache = ImageCache(config.image_cache_bytes)
         self._model = model
         self._processor = processor
         self._clock = clock
         self._blocks = BlockManager(self.pool, prefix_caching=config.prefix_caching, swap_bytes=config.swap_bytes)
-        self._pipeline = VisionPipeline(model, processor, self.image_cache)
-        images = ImageStage(self._pipeline, self.image_cache, clock)
+        self.vision = VisionPipeline(model, processor, self.image_cache)
+        self._images = ImageStage(self.vision, self.image_cache, clock, derives=config.derive_images)
         self._stepper = Stepper(
             model=model,
             blocks=self._blocks,
-            images=images,
-            runner=ModelRunner(model, self.pool, graphs),
+            images=self._images,
+            runner=ModelRunner(model, self.pool, foundation.graphs),
             config=config,
             max_model_len=self.max_model_len,
             clock=clock,
@@ -151,12 +135,7 @@ class Engine:
         sequence = self._create(request, work, namespace, matcher)
         self._check_new(sequence)
         if taps is not None:
-            if max(taps.layers) >= self.layout.layers or max(taps.all_slots) >= sequence.length:
-                message = f"a tap lies outside the {self.layout.layers} layers or the prompt's {sequence.length} slots"
-                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
-            if sequence.pruning is not None:
-                message = "rows of a prompt under a prefill method leave between layers and cannot be tapped"
-                raise InvalidRequestError(message, field="taps", request_id=request.request_id)
+            check_taps(taps, sequence, self.layout)
             taps.begin(sequence.length, exact_keys=self.layout.quantised)
         sequence.taps = taps
         self._sequences[sequence.identity] = sequence
@@ -184,6 +163,11 @@ class Engine:
             del self._sequences[sequence.identity]
             self._stepper.drop(sequence)
 
+    def pruning(self, request_id: str, attempt: int) -> Pruning | None:
+        """The cuts of a request that is here, to be read once its first token is out; None without a prefill method."""
+        sequence = self._sequences.get((request_id, attempt))
+        return None if sequence is None else sequence.pruning
+
     # ---- single layers ---------------------------------------------------------------------------------------
 
     def read_layer(self, request_id: str, attempt: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,16 +193,7 @@ class Engine:
             EngineError: the request holds no KV here, or an export or import is reading or writing it.
         """
         sequence = self._holder(request_id, attempt)
-        decoder = self._model.decoder.config
-        if decoder.windows or decoder.bidirectional_images:
-            message = "KV of a model with sliding windows or bidirectional images cannot be compacted yet"
-            raise EngineError(message, request_id=request_id)
-        if sequence.staged:
-            message = "the request's prompt is on its way through a prefill method, so it cannot be compacted"
-            raise EngineError(message, request_id=request_id)
-        if sequence.streamed:
-            message = "an export reads this request's KV layer by layer, so it cannot be compacted"
-            raise EngineError(message, request_id=request_id)
+        check_compactable(sequence, self._model.decoder.config)
         self._blocks.compact(sequence, layer, keep)
 
     def export_view(self, request_id: str, attempt: int) -> ExportView:
@@ -282,18 +257,7 @@ class Engine:
             EngineError: the ticket has ended, or does not fit what is said; an open ticket stays open.
         """
         sequence = self._imports.peek(ticket)
-        if (request.request_id, request.attempt) != sequence.identity or not first_token_ids:
-            message = "an import ends with its own request and at least one token"
-            raise EngineError(message, request_id=ticket.request_id)
-        if next_position != sequence.next_position:
-            message = f"the first token is said to be at position {next_position}, expected {sequence.next_position}"
-            raise EngineError(message, request_id=ticket.request_id)
-        if any(not 0 <= token < self._model.vocab_size for token in first_token_ids):
-            message = f"a first token lies outside the vocabulary of {self._model.vocab_size}"
-            raise EngineError(message, request_id=ticket.request_id)
-        if len(first_logprobs) != (0 if request.sampling.logprobs is None else len(first_token_ids)):
-            message = f"{len(first_token_ids)} first tokens come with {len(first_logprobs)} log-probabilities"
-            raise EngineError(message, request_id=ticket.request_id)
+        check_arrival(sequence, request, first_token_ids, next_position, first_logprobs, self._model.vocab_size)
         if layer_tokens is not None and not self.import_accepts(ticket, layer_tokens):
             message = f"{layer_tokens} slots by layer do not fit the request's prompt of {ticket.prompt_tokens}"
             raise EngineError(message, request_id=ticket.request_id)
@@ -306,10 +270,7 @@ class Engine:
 
     def import_accepts(self, ticket: ImportTicket, layer_tokens: tuple[int, ...]) -> bool:
         """Whether KV of so many slots in each layer can be that of the ticket's request."""
-        pruning = self._imports.peek(ticket).pruning
-        if pruning is None:
-            return layer_tokens == (ticket.prompt_tokens,) * self.layout.layers
-        return pruning.accepts(layer_tokens, ticket.prompt_tokens)
+        return accepts_layers(self._imports.peek(ticket), ticket, layer_tokens, self.layout.layers)
 
     def abort_import(self, ticket: ImportTicket) -> None:
         """Free a ticket's blocks (an import's or an adoption's); nothing happens if it has ended."""
@@ -337,6 +298,11 @@ class Engine:
         self._imports.finish_adoption(ticket)
 
     @property
+    def encode_token_s(self) -> float:
+        """Recent time of encoding one visual token before compression, in seconds; 0 before the first image."""
+        return self._images.token_s.value
+
+    @property
     def group_bytes(self) -> int:
         """Bytes of one full block over all layers, as :meth:`copy_block` gives it."""
         return self.pool.memory.group_bytes
@@ -351,17 +317,7 @@ class Engine:
         Returns:
             Whose block it is; None if it is not cached, or was given to somebody else while it was copied.
         """
-        prefix = self._blocks.prefix
-        found = prefix.full_block(key)
-        if found is None:
-            return None
-        group, owner = found
-        (tag,) = self.pool.tags((group,))
-        self.pool.memory.copy_group_out(group, target)
-        # A full, listed block does not change; what left the list meanwhile has another tag, or another key.
-        if prefix.full_block(key) != found or self.pool.tags((group,)) != (tag,):
-            return None
-        return CacheOwner(owner, prefix.share_of(owner))
+        return self._blocks.copy_out(key, target)
 
     def held_blocks(self, keys: Items[BlockKey]) -> int:
         """How many leading ones of ``keys`` are cached now; a hint that may be asked for from any thread."""
@@ -399,9 +355,29 @@ class Engine:
         self.adopt_prefix_finish(ticket, request)
         return len(ticket.table) - held
 
+    def adopt_write_begin(self, ticket: ImportTicket) -> list[torch.Tensor] | None:
+        """Memory of an adoption's missing blocks, uint8 [group_bytes] each, as :meth:`copy_block` gives them.
+
+        A thread may write into it until :meth:`adopt_write_end`, which must follow; a cancelled request's blocks are
+        let go only then. None where the pool is not one piece of host memory: use :meth:`adopt_blocks`.
+        """
+        return self._imports.write_begin(ticket)
+
+    def adopt_write_end(self, ticket: ImportTicket, blocks: int) -> int:
+        """Hand the first ``blocks`` blocks that were written to the prefix cache, the rest back to the pool.
+
+        Returns:
+            Blocks taken in; 0 if the request was cancelled meanwhile.
+        """
+        return self._imports.write_end(ticket, blocks)
+
     def pin_blocks(self, keys: Items[BlockKey]) -> PinnedBlocks:
         """Hold the longest leading run of ``keys`` that is cached, until :meth:`unpin`."""
         return self._imports.pin(keys)
+
+    def delete_blocks(self, keys: Items[BlockKey]) -> int:
+        """Evict a run of cached blocks, the last first; how many. What is in use, or has others after it, stays."""
+        return self._blocks.prefix.delete(keys)
 
     def unpin(self, pin_id: int) -> None:
         """Let go of pinned blocks; nothing happens if the pin has ended."""
@@ -451,7 +427,9 @@ class Engine:
         self._stepper.counters = Counters()
         self._stepper.prefill_rate = MovingAverage()
         self._stepper.step_ms = MovingAverage()
-        self._pipeline.encoded = 0
+        self.vision.encoded = 0
+        self._images.derived = 0
+        self._images.token_s = MovingAverage()
 
     def stats(self) -> WorkerStats:
         """What this engine has done and holds; ``worker_id`` and the transfer figures are left to the worker."""
@@ -466,7 +444,8 @@ class Engine:
             prefix_hit_tokens=counters.prefix_hit_tokens,
             image_queries=counters.image_queries,
             image_hits=counters.image_hits,
-            encoded_images=self._pipeline.encoded,
+            encoded_images=self.vision.encoded,
+            derived_images=self._images.derived,
             prefill_tokens=counters.prefill_tokens,
             decode_tokens=counters.decode_tokens,
             preemptions=counters.preemptions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from prismserve.core.errors import EngineError, OutOfBlocksError, OverloadedError
@@ -129,6 +129,8 @@ class ImportDesk:
         self._blocks = blocks
         self._open: dict[int, _Open] = {}
         self._pins: dict[int, tuple[int, ...]] = {}
+        # Tickets that a thread writes into, and whether they are to be aborted when it has stopped.
+        self._written: dict[int, bool] = {}
         self._next_id = 1
 
     @property
@@ -173,12 +175,42 @@ class ImportDesk:
         self._blocks.release(self.finish(ticket))
 
     def abort(self, ticket: ImportTicket) -> Sequence | None:
-        """End a ticket without its KV; None if it has ended already."""
+        """End a ticket without its KV, if it is being written once that has stopped; None if it has ended already."""
+        if ticket.ticket_id in self._written:
+            self._written[ticket.ticket_id] = True
+            return None
         entry = self._open.pop(ticket.ticket_id, None)
         if entry is None:
             return None
         self._blocks.release(entry.sequence)
         return entry.sequence
+
+    def write_begin(self, ticket: ImportTicket) -> list[torch.Tensor] | None:
+        """Memory of an adoption's missing blocks, for a thread to write into until :meth:`write_end`; see the storage.
+
+        Whatever happens to the request meanwhile, the blocks are nobody else's.
+        """
+        self.peek(ticket)
+        memory = self._blocks.pool.memory
+        held = ticket.cached_tokens // self._blocks.pool.block_tokens
+        views = [view for group in ticket.table[held:] if (view := memory.group_view(group)) is not None]
+        if len(views) < len(ticket.table) - held:
+            return None
+        self._written[ticket.ticket_id] = False
+        return views
+
+    def write_end(self, ticket: ImportTicket, blocks: int) -> int:
+        """The thread has stopped after ``blocks`` good blocks; publish them, unless the request is gone.
+
+        Returns:
+            Blocks published.
+        """
+        if self._written.pop(ticket.ticket_id) or not blocks:
+            self.abort(ticket)
+            return 0
+        tokens = ticket.cached_tokens + blocks * self._blocks.pool.block_tokens
+        self.finish_adoption(replace(ticket, prompt_tokens=tokens))
+        return blocks
 
     def abort_sequence(self, sequence: Sequence) -> None:
         """End the ticket of an importing sequence."""

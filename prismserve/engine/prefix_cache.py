@@ -271,6 +271,26 @@ class PrefixCache:
         self._remove(key)
         return True
 
+    def delete(self, keys: Sequence[BlockKey]) -> int:
+        """Evict a run of full blocks from its end on, with the tails that hang on them.
+
+        Returns:
+            How many; those that are referenced, or have full blocks after them, stay.
+        """
+        deleted = 0
+        for key in reversed(keys):
+            node = self._nodes.get(key)
+            if node is None or not self._is_full(node) or self._pool.references[node.group]:
+                continue
+            for child in list(node.children):
+                tail = self._nodes[child]
+                if not self._is_full(tail) and not self._pool.references[tail.group]:
+                    self._remove(child)
+            if not node.children:
+                self._remove(key)
+                deleted += 1
+        return deleted
+
     def clear(self) -> None:
         """Evict every idle block."""
         while self._pool.idle_groups:

@@ -61,6 +61,7 @@ class ModelRunner:
         self._graphs = graphs
         self._model = model
         self._pool = pool
+        self._stack = model.decoder.stack()
         self._offsets = torch.arange(pool.block_tokens)
 
     def run(self, items: Sequence[RunItem], layer_done: Callable[[int], None] | None) -> torch.Tensor:
@@ -83,7 +84,13 @@ class ModelRunner:
         attention = self._attention(items, slots, stages)
         rotary = decoder.rotary(positions)
         taps = attention if isinstance(attention, TappedAttention) else None
-        for layer in range(decoder.config.layers):
+        last, rows, first = decoder.config.layers - 1, None, 0
+        whole = layer_done is None and deepstack is None
+        if self._stack is not None and whole and isinstance(attention, PagedAttention) and attention.stacks():
+            rows = _sampled_rows(items, last, x)
+            first = last if rows is not None else last + 1
+            x = attention.run_stack(self._stack, x, rotary[0], first)
+        for layer in range(first, last + 1):
             if stages:
                 x, positions, angles = enter_layer(layer, x, positions, stages, decoder, self._pool)
                 rotary = rotary if angles is None else angles
@@ -91,19 +98,17 @@ class ModelRunner:
                     break
             if taps is not None:
                 taps.enter(layer, x)
-            x = decoder.layer(layer, x, rotary, attention)
-            if deepstack is not None and layer < decoder.config.deepstack_layers:
-                x = x.index_add(0, deepstack[0], deepstack[1][layer])
+            deep = deepstack if layer < decoder.config.deepstack_layers else None
+            if layer == last and deep is None and rows is None:
+                rows = _sampled_rows(items, last, x)
+            x = decoder.layer(layer, x, rotary, attention, rows)
+            if deep is not None:
+                x = x.index_add(0, deep[0], deep[1][layer])
             if layer_done is not None:
                 layer_done(layer)
-        rows: list[int] = []
-        end = 0
-        for item in items:
-            end += item.rows(decoder.config.layers - 1)
-            if item.samples:
-                rows.append(end - 1)
-        if len(rows) < x.shape[0]:
-            x = x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
+        if rows is None and first == 0:
+            rows = _sampled_rows(items, last, x)
+            x = x if rows is None else x[rows]
         return decoder.logits(x)
 
     def _attention(self, items: Sequence[RunItem], slots: torch.Tensor, stages: Sequence[Stage]) -> AttentionBackend:
@@ -204,3 +209,14 @@ class ModelRunner:
         x[rows] = wide[:, :width]
         layers = wide.shape[1] // width
         return (rows, wide.view(-1, layers, width).unbind(1)[1:]) if layers > 1 else None
+
+
+def _sampled_rows(items: Sequence[RunItem], last: int, x: torch.Tensor) -> torch.Tensor | None:
+    """Rows of the last layer's ``x`` [T, D] whose logits are wanted, [R] int64; None for all of them."""
+    rows: list[int] = []
+    end = 0
+    for item in items:
+        end += item.rows(last)
+        if item.samples:
+            rows.append(end - 1)
+    return torch.tensor(rows, dtype=torch.int64, device=x.device) if len(rows) < x.shape[0] else None

@@ -117,6 +117,15 @@ class KVStorage:
             part[group].view(-1).view(torch.uint8).copy_(source[first : first + nbytes])
             first += nbytes
 
+    def group_view(self, group: int) -> torch.Tensor | None:
+        """What :meth:`copy_group_in` writes, uint8 [group_bytes], as memory to be written into.
+
+        None where it is no single piece of host memory: codes and scales lie apart, and a device's memory is elsewhere.
+        """
+        if len(self.parts) > 1 or self.device.type != "cpu":
+            return None
+        return self.parts[0][group].view(-1).view(torch.uint8)
+
     def put_blocks(self, blocks: torch.Tensor, taken: tuple[torch.Tensor, ...]) -> None:
         """Write what :meth:`take_blocks` gave into ``blocks``."""
         for part, source in zip(self._flat, taken, strict=True):

@@ -12,16 +12,19 @@ from PIL import Image
 
 from prismserve.compression.apply import carry_out, plan_visual
 from prismserve.compression.base import Need, VisualFeatures
-from prismserve.compression.loader import encoder_needs, visual_method
+from prismserve.compression.loader import config_of, encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
-from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.image_cache import NO_LABEL, VisualTokens
+from prismserve.engine.questioning import QuestionAttention
+from prismserve.models.text_tower import TextTower
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from prismserve.compression.base import VisualPlan
     from prismserve.core.types import MediaInput, MethodSpec
-    from prismserve.engine.image_cache import ImageCache
+    from prismserve.engine.image_cache import ImageCache, ImageLabel
     from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
     from prismserve.models.processing import Processor
 
@@ -36,10 +39,15 @@ class VisionPipeline:
     """
 
     def __init__(self, model: VisionLanguageModel, processor: Processor, cache: ImageCache) -> None:
-        """Encode with ``model``; results are shared through ``cache``."""
+        """Encode with ``model``; results are shared through ``cache``.
+
+        Raises:
+            ModelLoadError: the checkpoint's text tower cannot be loaded.
+        """
         self._model = model
         self._processor = processor
         self._cache = cache
+        self._tower = None if processor.text_tower is None else TextTower(processor.text_tower, model.device)
         self.encoded = 0
 
     def inputs(self, media: Sequence[MediaInput], index: int) -> ImageInputs:
@@ -74,6 +82,7 @@ class VisionPipeline:
         inputs: Sequence[ImageInputs],
         spec: MethodSpec,
         scoring_token_ids: Sequence[tuple[int, ...]] = (),
+        labels: Sequence[ImageLabel] = (),
     ) -> list[VisualTokens]:
         """Encode, reduce and project a batch of images and videos under one visual method.
 
@@ -82,6 +91,7 @@ class VisionPipeline:
             media: the items, for their kinds and seeds.
             inputs: from :meth:`inputs`.
             spec: normalised visual method.
+            labels: whose each is and which others it can stand for; may be left out.
             scoring_token_ids: the text each image is looked at for; may be left out where the method asks for none.
 
         Returns:
@@ -90,29 +100,66 @@ class VisionPipeline:
         Raises:
             InvalidRequestError: the method cannot act on this model's tokens.
         """
+        encoded = self._encoded(media, inputs, spec)
+        results: list[VisualTokens] = []
+        texts = scoring_token_ids or [()] * len(keys)
+        named = labels or [NO_LABEL] * len(keys)
+        for key, item, prepared, image, ids, label in zip(keys, media, inputs, encoded, texts, named, strict=True):
+            features = self._features(image, prepared.layout, item, spec, ids)
+            embeds, indices, order = self._reduced(image, prepared.layout, features, spec)
+            places = indices.cpu()
+            positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
+            embeds = _with_deepstack(embeds, image, indices)
+            visual = VisualTokens(embeds, positions, image.tokens.shape[0], order)
+            self._cache.put(key, visual, label)
+            results.append(visual)
+        self.encoded += len(results)
+        return results
+
+    def seen_box(self, item: MediaInput) -> tuple[float, float, float, float]:
+        """The part of an image or frame that the grid of its tokens covers: left, top, right, bottom in pixels."""
+        return self._processor.seen_box(item.width_px, item.height_px)
+
+    def plans(
+        self,
+        media: Sequence[MediaInput],
+        inputs: Sequence[ImageInputs],
+        spec: MethodSpec,
+        scoring_token_ids: tuple[int, ...] = (),
+    ) -> list[VisualPlan]:
+        """What a visual method chooses of each image and video; nothing is kept.
+
+        Args:
+            media: the items.
+            inputs: from :meth:`inputs`.
+            spec: normalised visual method.
+            scoring_token_ids: the text they are looked at for.
+
+        Raises:
+            InvalidRequestError: the method cannot act on this model's tokens.
+        """
+        method, config = visual_method(spec.name), config_of(spec, "visual")
+        encoded = self._encoded(media, inputs, spec)
+        return [
+            method.plan(self._features(image, prepared.layout, item, spec, scoring_token_ids), config)
+            for image, prepared, item in zip(encoded, inputs, media, strict=True)
+        ]
+
+    def _encoded(
+        self, media: Sequence[MediaInput], inputs: Sequence[ImageInputs], spec: MethodSpec
+    ) -> list[EncodedImage]:
+        """What the encoder gives, with what the method needs of it."""
         needs = encoder_needs(spec.name)
         for kind in {item.kind for item in media} if spec.name != "none" else ():
             reducible = self._processor.reducible_of(kind)
             if reducible is None or needs - reducible:
                 message = f"visual method {spec.name!r} cannot act on the {kind} tokens of this model"
                 raise InvalidRequestError(message, field="compression.visual")
-        encoded = self._model.encode_images(inputs, needs)
-        if len(encoded) != len(keys):
-            message = f"the vision encoder gave {len(encoded)} results for {len(keys)} images"
+        encoded = self._model.encode_images(inputs, needs - {str(Need.TEXT_TOWER)})
+        if len(encoded) != len(inputs):
+            message = f"the vision encoder gave {len(encoded)} results for {len(inputs)} images"
             raise EngineError(message)
-        results: list[VisualTokens] = []
-        texts = scoring_token_ids or [()] * len(keys)
-        for key, item, prepared, image, ids in zip(keys, media, inputs, encoded, texts, strict=True):
-            features = self._features(image, prepared.layout, item, spec, ids)
-            embeds, indices = self._reduced(image, prepared.layout, features, spec)
-            places = indices.cpu()
-            positions = places if prepared.layout.positions is None else prepared.layout.positions[:, places]
-            embeds = _with_deepstack(embeds, image, indices)
-            visual = VisualTokens(embeds, positions, image.tokens.shape[0])
-            self._cache.put(key, visual)
-            results.append(visual)
-        self.encoded += len(results)
-        return results
+        return encoded
 
     def _features(
         self,
@@ -129,10 +176,17 @@ class VisionPipeline:
         raster = None if layout.raster is None else layout.raster.to(image.tokens.device)
         visible = image.tokens if raster is None else image.tokens[raster]
         needs = visual_method(spec.name).needs
-        text = None
-        if Need.TEXT_EMBEDDINGS in needs:
+        text = asked = None
+        if {Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION} & needs:
             ids = torch.tensor(scoring_token_ids, dtype=torch.int64, device=self._model.device)
             text = self._model.decoder.embed(ids)
+        if text is not None and Need.QUESTION_ATTENTION in needs:
+            slots = self._model.project(image.tokens)
+            asked = QuestionAttention(self._model.decoder, layout, slots, image.deepstack, text)
+        aligned = aligned_text = None
+        if self._tower is not None and Need.TEXT_TOWER in needs:
+            aligned = self._tower.patches(visible)
+            aligned_text = self._tower.text(self._processor.decode(scoring_token_ids))
         return VisualFeatures(
             tokens=visible,
             grid=image.grid,
@@ -141,28 +195,32 @@ class VisionPipeline:
             keys=_rows(image.keys, raster),
             frames=layout.frames,
             projected=self._model.project(visible) if Need.PROJECTED in needs else None,
-            text=text,
+            text=text if Need.TEXT_EMBEDDINGS in needs else None,
+            asked=asked,
+            aligned=aligned,
+            aligned_text=aligned_text,
         )
 
     def _reduced(
         self, image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoder inputs [k, D] of what is left of an image or video, and in which of its slots, [k] int64 ascending.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What is left of an image or video: decoder inputs [k, D], slots [k] int64 ascending, and the order of keeping.
 
-        What stands around the raster that the method saw is kept.
+        What stands around the raster that the method saw is kept; an order is given only where nothing does.
         """
         plan = plan_visual(features, spec)
         if layout.raster is None:
+            order = None if plan.order is None else plan.order.cpu()
             if features.projected is not None and plan.weights is None:
                 # The method has looked at every token's projection: no need to project the survivors again.
-                return features.projected[plan.indices], plan.indices
-            return self._model.project(carry_out(features.tokens, plan)), plan.indices
+                return features.projected[plan.indices], plan.indices, order
+            return self._model.project(carry_out(features.tokens, plan)), plan.indices, order
         raster = layout.raster.to(image.tokens.device)
         kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
         kept[raster] = False
         kept[raster[plan.indices]] = True
         whole = image.tokens.index_copy(0, raster[plan.indices], carry_out(features.tokens, plan))
-        return self._model.project(whole[kept]), kept.nonzero()[:, 0]
+        return self._model.project(whole[kept]), kept.nonzero()[:, 0], None
 
 
 def _rows(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:

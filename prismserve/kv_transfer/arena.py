@@ -103,6 +103,12 @@ class Arena:
         """Take staging pages; errors as :meth:`allocate`."""
         return self._allocate(self._staging, nbytes)
 
+    def stage(self, nbytes: int) -> tuple[Extent, torch.Tensor]:
+        """Take staging pages, and the first ``nbytes`` bytes of them as uint8 [nbytes]; errors as :meth:`allocate`."""
+        extent = self._allocate(self._staging, nbytes)
+        start = extent.first_page * self.page_bytes
+        return extent, self.memory[start : start + nbytes]
+
     def _allocate(self, region: PageAllocator, nbytes: int) -> Extent:
         with self._lock:
             return region.allocate(max(1, -(-nbytes // self.page_bytes)))

@@ -20,6 +20,7 @@ from prismserve.kv_transfer.transports.base import Link, Transport, factory
 from prismserve.kv_transfer.wire import Endpoint, decode_endpoint, encode_endpoint
 
 _PEERS_MAX = 1024
+_RATES_MAX = 64
 _CHOICE = 2
 """From so many common transports on there is something to choose."""
 _log = logging.getLogger(__name__)
@@ -157,6 +158,15 @@ class TransportHub:
         with self._lock:
             peer = self._peers.get(worker_id)
             return {} if peer is None else {name: peer.health.rate(name).bytes_per_s for name in peer.links}
+
+    def rates(self) -> dict[str, float]:
+        """Measured bytes per second of the fastest link to each worker something was sent to, at most 64, newest last."""
+        with self._lock:
+            best = {
+                name: max((peer.health.rate(link).bytes_per_s for link in peer.links), default=0.0)
+                for name, peer in list(self._peers.items())[-_RATES_MAX:]
+            }
+        return {name: rate for name, rate in best.items() if rate}
 
     def _common(self, endpoint: Endpoint, reasons: list[str]) -> list[str]:
         common: list[str] = []

@@ -15,6 +15,7 @@ from prismserve.compression.wire import table
 from prismserve.core.errors import ChecksumMismatchError, DeadlineExceededError, PrismServeError, TransferError
 from prismserve.core.types import Extent, KVLayout, Manifest, Payload
 from prismserve.kv_transfer.arena import Arena
+from prismserve.kv_transfer.conversion import convert
 from prismserve.kv_transfer.manifest import Expected
 from prismserve.kv_transfer.plan import RAW_LAYER
 from prismserve.kv_transfer.wire import checksum
@@ -101,6 +102,7 @@ class Landing:
         self.deadline_s = 0.0
         self._arena = arena
         self._layout = layout
+        self._source = expected.source_layout or layout
         self._sink, self._raw_sink = sinks
         self._codecs = [(loader.codec(spec.name), loader.config_of(spec, "codec")) for spec in table(expected.codec)]
         self._manifest: Manifest | None = None
@@ -158,11 +160,11 @@ class Landing:
             return False
         if payload.layer == RAW_LAYER:
             return self._raw_sink is not None and payload.encoded_bytes % payload.tokens == 0
-        if self._sink is None or payload.layer >= self._layout.layers or payload.codec >= len(self._codecs):
+        if self._sink is None or payload.layer >= self._source.layers or payload.codec >= len(self._codecs):
             return False
         codec, config = self._codecs[payload.codec]
         return payload.start_token >= self.expected.cached_tokens and payload.encoded_bytes == codec.encoded_bytes(
-            payload.tokens, self._layout, config
+            payload.tokens, self._source, config
         )
 
     def _deliver(self, payload: Payload, data: torch.Tensor) -> None:
@@ -172,7 +174,8 @@ class Landing:
                     self._raw_sink(payload.start_token, payload.tokens, data)
             elif self._sink is not None:
                 codec, config = self._codecs[payload.codec]
-                keys, values = codec.decode(data, payload.tokens, self._layout, config)
+                decoded = codec.decode(data, payload.tokens, self._source, config)
+                keys, values = (convert(side, self._source, self._layout) for side in decoded)
                 self._sink(payload.layer, payload.start_token, keys, values)
         except PrismServeError:
             raise

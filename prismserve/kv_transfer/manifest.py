@@ -25,6 +25,8 @@ class Expected:
         codec: how pieces are encoded.
         prompt_tokens: cache slots per layer (or embedding rows) there is room for; nothing may reach beyond.
         cached_tokens: leading tokens that are here already and must not be sent.
+        source_layout: of the sender's KV, where it is not the receiver's own; see
+            :mod:`prismserve.kv_transfer.conversion`.
     """
 
     request_id: str
@@ -35,6 +37,7 @@ class Expected:
     codec: MethodSpec
     prompt_tokens: int
     cached_tokens: int = 0
+    source_layout: KVLayout | None = None
 
 
 def build(
@@ -80,11 +83,18 @@ def build(
 def verify(manifest: Manifest, expected: Expected, layout: KVLayout, extent_bytes: int) -> None:
     """Check everything that can be known without the bytes themselves.
 
+    Args:
+        manifest: what the sender states.
+        expected: what the lease was granted for.
+        layout: of the receiver's KV.
+        extent_bytes: size of the lease's extent.
+
     Raises:
         LeaseExpiredError: the manifest is of another attempt, worker or epoch.
         IncompatibleLayoutError: version, layout, namespace or codec differ; the message names both sides.
         TransferError: payloads are missing, overlap, leave the extent, or have impossible sizes.
     """
+    layout = expected.source_layout or layout
     _check_identity(manifest, expected)
     _check_interchangeable(manifest, expected, layout)
     _check_ranges(manifest.payloads, extent_bytes)
@@ -116,7 +126,7 @@ def _check_interchangeable(manifest: Manifest, expected: Expected, layout: KVLay
         message = f"{there} writes manifests of version {manifest.version}, {here} {MANIFEST_VERSION}; upgrade {older}"
         raise IncompatibleLayoutError(message, field="version", request_id=manifest.request_id)
     if manifest.layout_fingerprint != layout.fingerprint():
-        message = f"the KV layout of {there} is not that of {here} ({layout})"
+        message = f"the KV of {there} has not the layout that {here} reserved room for ({layout})"
         raise IncompatibleLayoutError(message, field="layout_fingerprint", request_id=manifest.request_id)
     if manifest.namespace != expected.namespace:
         message = f"the KV of {there} belongs to another key namespace than {here} reserved room for"

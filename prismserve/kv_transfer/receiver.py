@@ -7,6 +7,7 @@ import os
 import select
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
@@ -19,10 +20,12 @@ from prismserve.core.errors import (
     TransportError,
 )
 from prismserve.core.types import KVLayout, Manifest, Payload, Reservation
+from prismserve.kv_transfer.conversion import Side, check_convertible
 from prismserve.kv_transfer.hub import TransportHub
 from prismserve.kv_transfer.landing import KVSink, Landing, Outcome, RawSink, Scratch, Settled
 from prismserve.kv_transfer.leases import LeaseTable
 from prismserve.kv_transfer.manifest import Expected, verify
+from prismserve.kv_transfer.transports.base import Transport
 from prismserve.kv_transfer.wire import decode_notification
 
 _IDLE_WAIT_S: Final = 0.5
@@ -86,12 +89,13 @@ class Receiver:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = select.poll()
         self._poller.register(self._wake_fd, select.POLLIN)
-        self._must_ask = False
+        self._silent: list[Transport] = []
+        """Transports that cannot wake a sleeping thread."""
         self._failing: set[str] = set()
         for transport in hub.opened:
             number = transport.fileno()
             if number is None:
-                self._must_ask = True
+                self._silent.append(transport)
             else:
                 self._poller.register(number, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name=f"kv-receive-{hub.worker_id}", daemon=True)
@@ -119,8 +123,12 @@ class Receiver:
 
         Raises:
             OverloadedError: no room now, or too many leases.
+            IncompatibleLayoutError: the sender's KV cannot be converted to this worker's layout.
             TransferError: the arena could never hold it, or the receiver is closed.
         """
+        if expected.source_layout is not None:
+            source = Side(expected.source_worker, expected.source_layout)
+            check_convertible(source, Side(self._hub.worker_id, self._layout), expected.codec)
         with self._lock:
             if self._closed:
                 raise TransferError("the worker is shutting down and receives no more KV")
@@ -238,19 +246,29 @@ class Receiver:
 
     def _run(self) -> None:
         pause_s = self._config.poll_interval_s
-        spin_until_s = 0.0
+        arrived: list[bytes] = []
         while not self._closed:
-            arrived = self._poll()
+            arrived += self._poll(self._hub.opened)
             for raw in arrived:
                 self._accept(raw)
             self._settle()
             self.expire()
-            now_s = self._hub.clock()
-            if arrived and self._must_ask:
-                spin_until_s = now_s + self._config.receive_spin_s
             pause_s = self._config.poll_interval_s if arrived else min(pause_s * 1.25, _QUIET_POLL_MAX_S)
-            if self._wait(0.0 if now_s < spin_until_s else pause_s):
+            arrived = self._spin() if arrived and self._silent else []
+            if not arrived and self._wait(pause_s):
                 pause_s = self._config.poll_interval_s
+
+    def _spin(self) -> list[bytes]:
+        """Ask the silent transports without pause until one has something, there is other work, or for long enough.
+
+        Whoever writes over them waits for this side to help. Every turn lets other threads of the process run.
+        """
+        until_s = self._hub.clock() + self._config.receive_spin_s
+        while self._hub.clock() < until_s:
+            arrived = self._poll(self._silent)
+            if arrived or self._poller.poll(0):
+                return arrived
+        return []
 
     def _wait(self, pause_s: float) -> bool:
         """Sleep until there may be something to do; True if another thread asked for attention."""
@@ -258,9 +276,9 @@ class Receiver:
         with self._lock:
             wake_s = self._leases.next_deadline_s()
             wait_s = _IDLE_WAIT_S if wake_s is None else wake_s - now_s
-            if self._must_ask and self._landings:
+            if self._silent and self._landings:
                 wait_s = min(wait_s, pause_s)
-            elif self._must_ask and len(self._leases):
+            elif self._silent and len(self._leases):
                 wait_s = min(wait_s, _QUARANTINE_POLL_S)
             wait_s = min((wait_s, _IDLE_WAIT_S, *(landing.deadline_s - now_s for landing in self._commits)))
         # Rounded up: a wait of 0 ms until a deadline half a millisecond away would spin.
@@ -270,9 +288,9 @@ class Receiver:
                 return True
         return False
 
-    def _poll(self) -> list[bytes]:
+    def _poll(self, transports: Iterable[Transport]) -> list[bytes]:
         arrived: list[bytes] = []
-        for transport in self._hub.opened:
+        for transport in transports:
             try:
                 arrived.extend(transport.poll())
             except TransportError as error:

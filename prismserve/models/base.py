@@ -228,14 +228,18 @@ class VideoRecipe(Protocol):
     """How a family turns the frames of a video into slots of the decoder and inputs of its encoder; needs no weights.
 
     Attributes:
-        placeholder_id: the token a chat template writes for a video, found once where the video stands.
-        before: text that stands before the video wherever the template writes the placeholder.
-        after: text that stands after it.
+        placeholder: what a chat template writes for a video; need not be a token.
+        placeholder_id: the token that stands for a video among ids, until its slots take its place.
+        chat_template: the template of conversations with videos, where it is not the checkpoint's own.
     """
 
+    placeholder: str
     placeholder_id: int
-    before: str
-    after: str
+    chat_template: str | None
+
+    def around(self, times: FrameTimes) -> tuple[str, str]:
+        """Text that stands before and after a video wherever the template writes the placeholder."""
+        ...
 
     def layout(self, height_px: int, width_px: int, times: FrameTimes) -> ImageLayout:
         """What a video of this frame size takes up; ValueError for one the model cannot take."""

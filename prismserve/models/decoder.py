@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from prismserve.kernels.dispatch import use_native_on
+from prismserve.kernels.layer_stack import LayerStack, LayerWeights
 from prismserve.kernels.linear import Norm
 from prismserve.kernels.rms_norm import rms_norm
 from prismserve.kernels.rotary import rotate_heads
@@ -95,11 +97,22 @@ class DecoderLayer(nn.Module):
         q, k = self._rotated(qkv[:, :rotated], rotary[self.rotary_kind])
         return q, k, qkv[:, rotated:]
 
-    def forward(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+    def forward(
+        self,
+        index: int,
+        x: torch.Tensor,
+        rotary: Rotary,
+        attention: AttentionBackend,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, D] to [T, D], or to [R, D] of the ``rows`` asked for."""
         tokens = x.shape[0]
         q, k, v = self.project(x, rotary)
         attended = attention.attend(index, q, k, v).reshape(tokens, -1)
+        if rows is not None:
+            attended, x = attended[rows], x[rows]
+            if rows.shape[0] == 0:
+                return x
         if self.attended_norm is None:
             x = self.output.forward(attended, residual=x)
         else:
@@ -134,6 +147,30 @@ class DecoderLayer(nn.Module):
             gated = functional.gelu(gate, approximate="tanh") * up
         out: torch.Tensor = self.down.forward(gated, residual=residual)
         return out
+
+    def stackable(self) -> LayerWeights | None:
+        """The layer's parts for a :class:`LayerStack`; None if a stack cannot compute what this layer does."""
+        config = self.config
+        plain = self.experts is None and self.attended_norm is None and self.mlp_out_norm is None
+        if not plain or config.unit_norms or config.activation != "silu" or config.query_scale != 1.0:
+            return None
+        if not all(linear.packed for linear in (self.qkv, self.output, self.gate_up, self.down)):
+            return None
+        weights = LayerWeights(
+            input_norm=self.input_norm,
+            qkv=self.qkv.weight,
+            qkv_bias=self.qkv.bias,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            output=self.output.weight,
+            output_bias=self.output.bias,
+            mlp_norm=self.mlp_norm,
+            gate_up=self.gate_up.weight,
+            gate_up_bias=self.gate_up.bias,
+            down=self.down.weight,
+            down_bias=self.down.bias,
+        )
+        return weights if weights.suits() else None
 
     def weight_targets(self) -> dict[str, torch.Tensor]:
         """Views of the parameters under the names a Hugging Face checkpoint gives their parts."""
@@ -220,10 +257,39 @@ class Decoder(nn.Module):
             return angles, angles
         return angles, position_angles(positions, self.local_frequencies, self.position_components)
 
-    def layer(self, index: int, x: torch.Tensor, rotary: Rotary, attention: AttentionBackend) -> torch.Tensor:
-        """Run one layer: [T, D] to [T, D]."""
+    def layer(
+        self,
+        index: int,
+        x: torch.Tensor,
+        rotary: Rotary,
+        attention: AttentionBackend,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run one layer: [T, D] to [T, D].
+
+        Args:
+            index: of the layer.
+            x: [T, D].
+            rotary: of :meth:`rotary`.
+            attention: gets the keys and values of all T.
+            rows: [R] int64, the rows of the result that are wanted, where it is not all: the last layer's other rows
+                are nobody's input, and most of a layer is what comes after its attention. The result is [R, D].
+        """
         block: DecoderLayer = self.layers[index]  # type: ignore[assignment]
-        return block.forward(index, x, rotary, attention)
+        return block.forward(index, x, rotary, attention, rows)
+
+    def stack(self) -> LayerStack | None:
+        """All layers for one native call each step; None where they have to be run one by one.
+
+        Ask once the weights are loaded and packed: the stack points at them.
+        """
+        if not use_native_on(self.norm.device) or self.dtype is not torch.float32 or self.config.windows:
+            return None
+        weights = [block.stackable() for block in self.layers if isinstance(block, DecoderLayer)]
+        known = [layer for layer in weights if layer is not None]
+        if not known or len(known) < len(weights):
+            return None
+        return LayerStack(known, self.config.heads, self.config.kv_heads, self.config.norm_eps)
 
     def project(self, index: int, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values that a layer would compute of its input [T, D], without running it."""

@@ -18,6 +18,9 @@ from prismserve.core.errors import ModelLoadError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from prismserve.core.types import FrameTimes
+    from prismserve.models.base import ImageTools
+
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 _STEPS: Final = ("do_resize", "do_rescale", "do_normalize")
@@ -40,7 +43,13 @@ class FramePixels:
     factor: float
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> FramePixels:
+    def read(
+        cls,
+        settings: Mapping[str, Any],
+        mean: Sequence[float],
+        std: Sequence[float],
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> FramePixels:
         """What a video processor's settings say, with the defaults of its class.
 
         Raises:
@@ -55,7 +64,7 @@ class FramePixels:
         return cls(
             tuple(settings.get("image_mean") or mean),
             tuple(settings.get("image_std") or std),
-            Image.Resampling(settings.get("resample") or Image.Resampling.BICUBIC),
+            Image.Resampling(settings.get("resample") or resample),
             settings.get("rescale_factor") or 1 / 255,
         )
 
@@ -70,10 +79,14 @@ class FramePixels:
         Returns:
             [F, 3, height_px, width_px] float32.
         """
-        scaled = np.stack([self._resized(frame, height_px, width_px) for frame in frames])
-        pixels = torch.from_numpy(scaled).permute(0, 3, 1, 2).to(torch.float32) * self.factor
+        scaled = torch.from_numpy(self.scaled(frames, height_px, width_px))
+        pixels = scaled.permute(0, 3, 1, 2).to(torch.float32) * self.factor
         mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
+
+    def scaled(self, frames: np.ndarray[Any, Any], height_px: int, width_px: int) -> np.ndarray[Any, Any]:
+        """Scale and nothing else: uint8 [F, height, width, 3] to [F, height_px, width_px, 3]."""
+        return np.stack([self._resized(frame, height_px, width_px) for frame in frames])
 
     def check_size(self, settings: Mapping[str, Any], height_px: int, width_px: int) -> None:
         """ModelLoadError if the video processor scales frames to another size than the vision tower takes."""
@@ -87,3 +100,21 @@ class FramePixels:
         if frame.shape[:2] == (height_px, width_px):
             return frame
         return np.asarray(Image.fromarray(frame).resize((width_px, height_px), self.resample))
+
+
+class FrameRecipe:
+    """The parts most video recipes share; see :class:`prismserve.models.base.VideoRecipe`."""
+
+    before = ""
+    after = ""
+    chat_template: str | None = None
+
+    def __init__(self, placeholder_id: int, tools: ImageTools) -> None:
+        """A template writes the token ``placeholder_id`` where a video stands."""
+        self.tools = tools
+        self.placeholder_id = placeholder_id
+        self.placeholder = tools.token_text(placeholder_id)
+
+    def around(self, times: FrameTimes) -> tuple[str, str]:  # noqa: ARG002 - the same for any video
+        """Text that stands before and after any video."""
+        return self.before, self.after

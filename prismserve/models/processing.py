@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -15,10 +15,12 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.hashing import canonical_json, digest
 from prismserve.core.types import MediaKind
-from prismserve.models.base import ImageInputs, VideoFamily
+from prismserve.models.base import NEED_CLS_ATTENTION, ImageInputs, VideoFamily
 from prismserve.models.checkpoint import read_checkpoint, read_json
 from prismserve.models.detokenizer import IncrementalDetokenizer
 from prismserve.models.images import CheckpointTools
+from prismserve.models.placing import Framed, ImageSlot, MediaSlot, VideoSlot, place, slotted
+from prismserve.models.text_tower import NEED_TEXT_TOWER, text_tower_directory, text_tower_fingerprint
 from prismserve.models.tokenization import GuardedTokenizer
 
 if TYPE_CHECKING:
@@ -39,21 +41,6 @@ _IMAGE_FILES: Final = ("preprocessor_config.json", "processor_config.json")
 _PIXEL_MODES: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSlot:
-    """The place of an image in a message or among token ids; ``index`` counts the media of the request."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class VideoSlot:
-    """The place of a video in a message or among token ids; ``index`` counts the media of the request."""
-
-    index: int
-
-
-MediaSlot: TypeAlias = ImageSlot | VideoSlot
 Part: TypeAlias = str | MediaSlot
 
 
@@ -75,7 +62,9 @@ class Processor:
         placeholder_ids: tokens that stand for images and videos, in token ids or in a template.
         max_model_len: usable context in tokens.
         vocab_size: width of the model's logits; may exceed the tokenizer's vocabulary.
-        fingerprint: 32 bytes over all that decides which pixels an image becomes, and how many tokens.
+        fingerprint: 32 bytes over all that decides which pixels an image becomes, how many tokens, and what is compared
+            with them.
+        text_tower: folder of the text tower beside the model, if it has one that fits its encoder.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: TokenizersBackend) -> None:
@@ -91,9 +80,11 @@ class Processor:
         self.image_token_id = self._image.image_token_id if self._image else None
         self._tools = CheckpointTools(checkpoint.directory, tokenizer)
         self.placeholder_ids = self._placeholder_ids()
-        spellings = frozenset(self._tools.token_text(token_id) for token_id in self.placeholder_ids)
-        self._guarded = GuardedTokenizer(tokenizer, spellings)
+        self._guarded = GuardedTokenizer(tokenizer, self._spellings())
         self._template = _chat_template(checkpoint.directory, tokenizer)
+        # Only an encoder that gives its class token's attention is one whose layers are known here, so CLIP's own.
+        native = self._image is not None and NEED_CLS_ATTENTION in (self._image.reducible or ())
+        self.text_tower = text_tower_directory(checkpoint.directory) if native else None
         self.fingerprint = self._fingerprint()
 
     @classmethod
@@ -135,7 +126,8 @@ class Processor:
         directory = self._checkpoint.directory
         files = {name: read_json(directory / name) for name in _IMAGE_FILES if (directory / name).is_file()}
         size = [self._image.height_px, self._image.width_px, *self._image.grid]
-        return digest("processor", canonical_json(files), canonical_json(size))
+        tower = () if self.text_tower is None else (text_tower_fingerprint(self.text_tower),)
+        return digest("processor", canonical_json(files), canonical_json(size), *tower)
 
     @functools.cached_property
     def _recipe(self) -> ImageRecipe:
@@ -152,17 +144,26 @@ class Processor:
             raise InvalidRequestError(message, field="messages")
         return family.videos(self._checkpoint.config, self._image, self._tools)
 
-    @functools.cached_property
-    def _framings(self) -> tuple[tuple[str, str], ...]:
-        """What a template writes for an image and for a video, and what is tokenized there, in the family's frame."""
-        recipe = self._recipe
-        image = self._tools.token_text(recipe.image_token_id)
-        framings = [(self._tools.token_text(recipe.placeholder_id), f"{recipe.before}{image}{recipe.after}")]
-        if self.supports_videos:
-            clip = self._video_recipe
-            video = self._tools.token_text(clip.placeholder_id)
-            framings.append((video, f"{clip.before}{video}{clip.after}"))
-        return tuple(framings)
+    def _spellings(self) -> frozenset[str]:
+        """What stands for images and videos in text; nothing a user types may be taken for it."""
+        tokens = {self._tools.token_text(token_id) for token_id in self.placeholder_ids}
+        return frozenset(tokens | ({self._video_recipe.placeholder} if self.supports_videos else set()))
+
+    def _framed(self, slots: Sequence[MediaSlot], times: Mapping[int, FrameTimes]) -> dict[str, list[Framed]]:
+        """By what a template writes for them, the media of a conversation in the family's frames."""
+        framed: dict[str, list[Framed]] = {}
+        for slot in slots:
+            if isinstance(slot, ImageSlot):
+                recipe = self._recipe
+                written, token_id = self._tools.token_text(recipe.placeholder_id), recipe.image_token_id
+                before, after = recipe.before, recipe.after
+            else:
+                clip = self._video_recipe
+                written, token_id = clip.placeholder, clip.placeholder_id
+                before, after = clip.around(times[slot.index])
+            text = f"{before}{self._tools.token_text(token_id)}{after}"
+            framed.setdefault(written, []).append(Framed(slot, token_id, text))
+        return framed
 
     def _placeholder_ids(self) -> frozenset[int]:
         if self._image is None:
@@ -212,8 +213,10 @@ class Processor:
 
     def reducible_of(self, kind: MediaKind) -> frozenset[str] | None:
         """The same for images or videos."""
-        shape = self._image if kind is MediaKind.IMAGE else self._video
-        return shape.reducible if shape else None
+        if kind is MediaKind.VIDEO:
+            return self._video.reducible if self._video else None
+        own = self._image.reducible if self._image else None
+        return own if own is None or self.text_tower is None else own | {NEED_TEXT_TOWER}
 
     def video_layout(self, width_px: int, height_px: int, times: FrameTimes) -> ImageLayout:
         """What a video takes up in the decoder, before compression.
@@ -281,11 +284,34 @@ class Processor:
         # Converted here as well as in the processor: some checkpoints switch its conversion off.
         return ImageInputs(self._recipe.tensors(image.convert("RGB"), alone=images == 1), layout)
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> list[int | MediaSlot]:
+    def seen_box(self, width_px: int, height_px: int) -> tuple[float, float, float, float]:
+        """The part of an image that the grid of its tokens covers: left, top, right, bottom in its own pixels.
+
+        All of it, unless the checkpoint's image processor scales the shorter side and crops around the middle; where it
+        pads, the box reaches beyond the image.
+        """
+        processor = self._tools.image_processor
+        crop = getattr(processor, "crop_size", None)
+        if not getattr(processor, "do_center_crop", False) or not crop:
+            return 0.0, 0.0, float(width_px), float(height_px)
+        width, height = float(width_px), float(height_px)
+        size = dict(getattr(processor, "size", None) or {})
+        scale_x = scale_y = 1.0
+        if getattr(processor, "do_resize", False) and "shortest_edge" in size:
+            scale_x = scale_y = size["shortest_edge"] / min(width, height)
+        elif getattr(processor, "do_resize", False) and {"height", "width"} <= size.keys():
+            scale_x, scale_y = size["width"] / width, size["height"] / height
+        half_x, half_y = crop["width"] / scale_x / 2, crop["height"] / scale_y / 2
+        return width / 2 - half_x, height / 2 - half_y, width / 2 + half_x, height / 2 + half_y
+
+    def render_chat(
+        self, messages: Sequence[ChatMessage], times: Mapping[int, FrameTimes] | None = None
+    ) -> list[int | MediaSlot]:
         """Token ids of a conversation by the checkpoint's template, ready for the assistant's next turn.
 
         Args:
             messages: at least one. Control-token strings inside their texts are tokenized as plain text.
+            times: of every video, by the index of its slot.
 
         Returns:
             Token ids with one slot per image and per video, not expanded.
@@ -294,28 +320,13 @@ class Processor:
             InvalidRequestError: no template, a role or order of roles the template refuses, or images or videos for a
                 model that takes none.
         """
-        parts = [part for message in messages for part in message.parts]
-        slots: dict[int, list[MediaSlot]] = {}
-        images = [part for part in parts if isinstance(part, ImageSlot)]
-        videos = [part for part in parts if isinstance(part, VideoSlot)]
-        if images:
-            slots[self._recipe.image_token_id] = [*images]
-        if videos:
-            slots[self._video_recipe.placeholder_id] = [*videos]
-        rendered = self._render(messages)
-        for framing in self._framings if slots else ():
-            rendered = rendered.replace(*framing)
+        slots = [part for message in messages for part in message.parts if not isinstance(part, str)]
+        framed = self._framed(slots, times or {})
+        videos = any(isinstance(slot, VideoSlot) for slot in slots)
+        own = self._video_recipe.chat_template if videos else None
+        rendered, placed = place(self._render(messages, own or self._template), framed)
         ids = self._guarded.encode_rendered(rendered, add_special_tokens=self._adds_special_tokens(rendered))
-        for token_id, wanted in slots.items():
-            placed = ids.count(token_id)
-            if placed != len(wanted):
-                kind = "images" if wanted is slots.get(self.image_token_id or 0) else "videos"
-                message = (
-                    f"the model's chat template places {placed} of {len(wanted)} {kind}; put them in user messages"
-                )
-                raise InvalidRequestError(message, field="messages")
-        remaining = {token_id: iter(wanted) for token_id, wanted in slots.items()}
-        return [next(remaining[token_id]) if token_id in remaining else token_id for token_id in ids]
+        return slotted(ids, placed)
 
     def _adds_special_tokens(self, rendered: str) -> bool:
         """Whether the tokenizer's own BOS and EOS go around a rendered chat, as transformers decides it.
@@ -325,14 +336,14 @@ class Processor:
         bos = self.tokenizer.bos_token
         return self.supports_images and not (bos is not None and rendered.startswith(bos))
 
-    def _render(self, messages: Sequence[ChatMessage]) -> str:
-        if self._template is None:
+    def _render(self, messages: Sequence[ChatMessage], template: str | None) -> str:
+        if template is None:
             message = "this model has no chat template; use /v1/completions"
             raise InvalidRequestError(message, field="messages")
         conversation = [self._conversation_turn(index, message) for index, message in enumerate(messages)]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                conversation, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                conversation, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError, ValueError, IndexError) as error:
             message = f"the model's chat template refuses these messages: {error}"

@@ -45,16 +45,20 @@ class GuardedTokenizer:
 
     Args:
         tokenizer: the checkpoint's fast tokenizer; not changed.
-        placeholders: control tokens beside those the tokenizer marks as special, such as an image placeholder.
+        placeholders: what users cannot type beside the tokens marked as special, such as an image placeholder; one
+            that is no token is hidden by :meth:`guard` and otherwise left alone.
     """
 
     def __init__(self, tokenizer: TokenizersBackend, placeholders: frozenset[str] = frozenset()) -> None:
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
         special = {token["content"] for token in definition["added_tokens"] if token["special"]}
-        controls = sorted(special | (placeholders & tokenizer.get_added_vocab().keys()))
+        controls = sorted(special | placeholders)
+        tokens = special | tokenizer.get_added_vocab().keys()
         nonce = secrets.token_hex(16)
         self._boundary = f"{_OPEN}{nonce}{_CLOSE}"
-        self._written = {control: _spelling(nonce, "w", number) for number, control in enumerate(controls)}
+        self._written = {
+            control: _spelling(nonce, "w", number) for number, control in enumerate(controls) if control in tokens
+        }
         self._typed = {control: _spelling(nonce, "t", number) for number, control in enumerate(controls)}
         self._restore = {typed: control for control, typed in self._typed.items()} | {self._boundary: ""}
         # Longest first, so that a control token that begins with another is matched whole.
@@ -81,7 +85,7 @@ class GuardedTokenizer:
 
     def encode_rendered(self, rendered: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a rendered template whose user texts went through :meth:`guard`."""
-        written = self._controls.sub(lambda match: self._written[match.group()], rendered)
+        written = self._controls.sub(lambda match: self._written.get(match.group(), match.group()), rendered)
         text = self._guards.sub(lambda match: self._restore[match.group()], written)
         return self.encode_plain(text, add_special_tokens=add_special_tokens)
 

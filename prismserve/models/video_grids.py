@@ -12,7 +12,7 @@ import torch
 
 from prismserve.core.errors import ModelLoadError
 from prismserve.models.base import ImageLayout
-from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels
+from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels, FrameRecipe
 from prismserve.models.grids import grid_positions
 
 if TYPE_CHECKING:
@@ -28,14 +28,12 @@ _PATCHES_MIN, _PATCHES_MAX = 128, 768
 """Least and most merged patches of a frame where the checkpoint says nothing, by transformers' defaults."""
 
 
-class MergedFrames:
+class MergedFrames(FrameRecipe):
     """Frames keep their aspect ratio; consecutive ones become one grid; a last one without partner is repeated.
 
     See :class:`prismserve.models.base.VideoRecipe`.
     """
 
-    before = ""
-    after = ""
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
@@ -45,9 +43,8 @@ class MergedFrames:
         Raises:
             ModelLoadError: the two differ, or the video processor leaves out a step.
         """
+        super().__init__(config.video_token_id, tools)
         vision, settings = config.vision_config, tools.video_settings()
-        self.tools = tools
-        self.placeholder_id: int = config.video_token_id
         self.patch: int = vision.patch_size
         self.merge: int = vision.spatial_merge_size
         self.pair: int = vision.temporal_patch_size

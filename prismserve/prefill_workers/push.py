@@ -22,6 +22,7 @@ from prismserve.kv_transfer.sender import Outgoing
 from prismserve.prefill_workers.export import Export
 from prismserve.protocol import convert
 from prismserve.protocol import worker_pb2 as pb
+from prismserve.worker_runtime.exchange import Fetched
 from prismserve.worker_runtime.jobs import failure
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class PushJob:
         self._export = Export(runtime.engine.pool)
         self._first: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
         self._outgoing: Outgoing | None = None
+        self._fetched = Fetched(0.0, 0, 0)
         self._deadline = time.monotonic() + submission.request.timeout_s
 
     async def run(self) -> None:
@@ -103,7 +105,7 @@ class PushJob:
         done = False
         grant: asyncio.Task[tuple[Peer, Reservation]] | None = None
         try:
-            await runtime.exchange.fetch(self._submission, "prefill")
+            self._fetched = await runtime.exchange.fetch(self._submission, "prefill")
             grant = asyncio.create_task(self._reserve())
             matcher = await runtime.matcher(request)
             await runtime.on_engine(
@@ -203,7 +205,7 @@ class PushJob:
             first_logprobs=output.logprobs,
         )
         report = dataclasses.replace(
-            output.report or PrefillReport(),
+            self._fetched.into(output.report or PrefillReport()),
             worker_id=runtime.info.worker_id,
             kv_bytes_sent=outgoing.bytes_sent,
             transfer_ms=outgoing.write_seconds * 1e3,

@@ -307,7 +307,9 @@ def stats_to_proto(stats: WorkerStats, state: str) -> pb.Stats:
     """Numbers by name, so that a newer worker can report more."""
     values = dataclasses.asdict(stats)
     values.pop("worker_id")
-    return pb.Stats(values={name: float(value) for name, value in values.items()}, state=state)
+    values.pop("link_bytes_per_s")
+    numbers = {name: float(value) for name, value in values.items()}
+    return pb.Stats(values=numbers, state=state, link_bytes_per_s=dict(stats.link_bytes_per_s))
 
 
 def stats_from_proto(worker_id: str, message: pb.Stats) -> WorkerStats:
@@ -317,7 +319,8 @@ def stats_from_proto(worker_id: str, message: pb.Stats) -> WorkerStats:
         if f.name in message.values:
             number = message.values[f.name]
             values[f.name] = int(number) if f.type == "int" else number
-    return dataclasses.replace(WorkerStats(worker_id=worker_id), **values)  # type: ignore[arg-type]
+    links = tuple(sorted(message.link_bytes_per_s.items()))
+    return dataclasses.replace(WorkerStats(worker_id=worker_id, link_bytes_per_s=links), **values)  # type: ignore[arg-type]
 
 
 # ---- transfer --------------------------------------------------------------------------------------------------

@@ -222,3 +222,25 @@ class GetStatusResponse(_message.Message):
     JSON_FIELD_NUMBER: _ClassVar[int]
     json: str
     def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("json", "png")
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    PNG_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    png: bytes
+    def __init__(self, json: _Optional[str] = ..., png: _Optional[bytes] = ...) -> None: ...
+
+class SetPresetRequest(_message.Message):
+    __slots__ = ("preset", "control")
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
+    preset: str
+    control: str
+    def __init__(self, preset: _Optional[str] = ..., control: _Optional[str] = ...) -> None: ...
+
+class SetPresetResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...

@@ -49,6 +49,16 @@ class InferenceStub:
                 request_serializer=prismserve__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=prismserve__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/prismserve.v1.Inference/Explain',
+                request_serializer=prismserve__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=prismserve__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.SetPreset = channel.unary_unary(
+                '/prismserve.v1.Inference/SetPreset',
+                request_serializer=prismserve__pb2.SetPresetRequest.SerializeToString,
+                response_deserializer=prismserve__pb2.SetPresetResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -74,6 +84,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What compression would do to the visual tokens of a request; its messages are used, its sampling is not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPreset(self, request, context):
+        """Keeps a preset back, or in force, or leaves it to the fidelity guard of the router that answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +115,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=prismserve__pb2.GetStatusRequest.FromString,
                     response_serializer=prismserve__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=prismserve__pb2.GenerateRequest.FromString,
+                    response_serializer=prismserve__pb2.ExplainResponse.SerializeToString,
+            ),
+            'SetPreset': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPreset,
+                    request_deserializer=prismserve__pb2.SetPresetRequest.FromString,
+                    response_serializer=prismserve__pb2.SetPresetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +208,60 @@ class Inference:
             '/prismserve.v1.Inference/GetStatus',
             prismserve__pb2.GetStatusRequest.SerializeToString,
             prismserve__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prismserve.v1.Inference/Explain',
+            prismserve__pb2.GenerateRequest.SerializeToString,
+            prismserve__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPreset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prismserve.v1.Inference/SetPreset',
+            prismserve__pb2.SetPresetRequest.SerializeToString,
+            prismserve__pb2.SetPresetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -199,7 +199,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "job", "target_worker", "target_epoch", "pull_from", "pull_blocks", "embedding_holders")
+    __slots__ = ("request", "job", "target_worker", "target_epoch", "pull_from", "pull_blocks", "embedding_holders", "skip_restore")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     TARGET_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +207,7 @@ class Submit(_message.Message):
     PULL_FROM_FIELD_NUMBER: _ClassVar[int]
     PULL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    SKIP_RESTORE_FIELD_NUMBER: _ClassVar[int]
     request: Request
     job: Job
     target_worker: str
@@ -214,7 +215,8 @@ class Submit(_message.Message):
     pull_from: str
     pull_blocks: int
     embedding_holders: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., job: _Optional[_Union[Job, str]] = ..., target_worker: _Optional[str] = ..., target_epoch: _Optional[int] = ..., pull_from: _Optional[str] = ..., pull_blocks: _Optional[int] = ..., embedding_holders: _Optional[_Iterable[str]] = ...) -> None: ...
+    skip_restore: bool
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., job: _Optional[_Union[Job, str]] = ..., target_worker: _Optional[str] = ..., target_epoch: _Optional[int] = ..., pull_from: _Optional[str] = ..., pull_blocks: _Optional[int] = ..., embedding_holders: _Optional[_Iterable[str]] = ..., skip_restore: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -277,7 +279,7 @@ class StepOutputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
-    __slots__ = ("worker_id", "cached_tokens", "computed_tokens", "images", "images_cached", "encode_ms", "prefill_ms", "kv_bytes_raw", "kv_bytes_kept", "kv_bytes_sent", "transfer_ms", "transfer_exposed_ms", "transport", "visual_tokens_by_cut")
+    __slots__ = ("worker_id", "cached_tokens", "computed_tokens", "images", "images_cached", "encode_ms", "prefill_ms", "kv_bytes_raw", "kv_bytes_kept", "kv_bytes_sent", "transfer_ms", "transfer_exposed_ms", "transport", "visual_tokens_by_cut", "fetch_ms", "restored_tokens", "pulled_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +294,9 @@ class PrefillReport(_message.Message):
     TRANSFER_EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_BY_CUT_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     cached_tokens: int
     computed_tokens: int
@@ -306,11 +311,21 @@ class PrefillReport(_message.Message):
     transfer_exposed_ms: float
     transport: str
     visual_tokens_by_cut: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., images: _Optional[int] = ..., images_cached: _Optional[int] = ..., encode_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ..., visual_tokens_by_cut: _Optional[_Iterable[int]] = ...) -> None: ...
+    fetch_ms: float
+    restored_tokens: int
+    pulled_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., images: _Optional[int] = ..., images_cached: _Optional[int] = ..., encode_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., transfer_ms: _Optional[float] = ..., transfer_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ..., visual_tokens_by_cut: _Optional[_Iterable[int]] = ..., fetch_ms: _Optional[float] = ..., restored_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("values", "state")
+    __slots__ = ("values", "state", "link_bytes_per_s")
     class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class LinkBytesPerSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -319,9 +334,51 @@ class Stats(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     VALUES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    LINK_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     values: _containers.ScalarMap[str, float]
     state: str
-    def __init__(self, values: _Optional[_Mapping[str, float]] = ..., state: _Optional[str] = ...) -> None: ...
+    link_bytes_per_s: _containers.ScalarMap[str, float]
+    def __init__(self, values: _Optional[_Mapping[str, float]] = ..., state: _Optional[str] = ..., link_bytes_per_s: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: Request
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ...) -> None: ...
+
+class ExplainedMedium(_message.Message):
+    __slots__ = ("frames", "rows", "columns", "box_px")
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    BOX_PX_FIELD_NUMBER: _ClassVar[int]
+    frames: int
+    rows: int
+    columns: int
+    box_px: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, frames: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., box_px: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ExplainedStage(_message.Message):
+    __slots__ = ("stage", "method", "layer", "fates")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FATES_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    method: str
+    layer: int
+    fates: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stage: _Optional[str] = ..., method: _Optional[str] = ..., layer: _Optional[int] = ..., fates: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ExplainReply(_message.Message):
+    __slots__ = ("refusal", "media", "stages")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    refusal: str
+    media: _containers.RepeatedCompositeFieldContainer[ExplainedMedium]
+    stages: _containers.RepeatedCompositeFieldContainer[ExplainedStage]
+    def __init__(self, refusal: _Optional[str] = ..., media: _Optional[_Iterable[_Union[ExplainedMedium, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[ExplainedStage, _Mapping]]] = ...) -> None: ...
 
 class Extent(_message.Message):
     __slots__ = ("first_page", "pages", "generation")

@@ -54,6 +54,11 @@ class WorkerStub:
                 request_serializer=worker__pb2.PushRequest.SerializeToString,
                 response_deserializer=worker__pb2.PushReply.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/prismserve.worker.v1.Worker/Explain',
+                request_serializer=worker__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=worker__pb2.ExplainReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -87,6 +92,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """A router asks what would become of the visual tokens of a request; nothing is answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Push,
                     request_deserializer=worker__pb2.PushRequest.FromString,
                     response_serializer=worker__pb2.PushReply.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=worker__pb2.ExplainRequest.FromString,
+                    response_serializer=worker__pb2.ExplainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class Worker:
             '/prismserve.worker.v1.Worker/Push',
             worker__pb2.PushRequest.SerializeToString,
             worker__pb2.PushReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prismserve.worker.v1.Worker/Explain',
+            worker__pb2.ExplainRequest.SerializeToString,
+            worker__pb2.ExplainReply.FromString,
             options,
             channel_credentials,
             insecure,

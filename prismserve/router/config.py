@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from prismserve.core.config import FrozenConfig, NonNegativeInt, PositiveInt, PositiveSeconds
@@ -80,6 +82,34 @@ class RouterConfig(FrozenConfig):
     max_session_queue: PositiveInt = Field(default=1024, description="Messages waiting to be sent to a worker (count).")
     media_threads: PositiveInt = Field(default=2, description="Threads that check and hash images (count).")
     image_hash_entries: PositiveInt = Field(default=4096, description="Images whose pixel hash is remembered (count).")
+    measured_costs: bool = Field(
+        default=True,
+        description="Placement predicts times from what was measured of workers, links and tiers; off: it assumes the"
+        " same fixed speeds of all.",
+    )
+    local_prefill: Literal["short", "cost"] = Field(
+        default="short",
+        description="When a decode worker prefills by itself although there are prefill workers: `short`: when at most"
+        " `local_prefill_tokens_max` tokens are missing; `cost`: also when that is predicted to be faster.",
+    )
+    stall_cost: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Under `local_prefill: cost`, what one second counts by which a prefill delays one answer being"
+        " written (seconds).",
+    )
+    harder_codec: Literal["none", "fp8", "int8", "int4"] = Field(
+        default="none",
+        description="Wire codec for requests that give no `compression` of their own, used where sending their KV as"
+        " it is is predicted to delay the first token; `none`: never.",
+    )
+    harder_gain_min: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Part of the predicted time to the first token that `harder_codec` must spare to be used (ratio).",
+    )
     local_prefill_tokens_max: NonNegativeInt = Field(
         default=32, description="Uncached tokens up to which a decode worker prefills by itself (tokens)."
     )

@@ -83,12 +83,14 @@ class _AttemptFailedError(Exception):
     Args:
         worker_id: who failed, to be avoided.
         overloaded: whether it was only too busy.
+        beside: another worker that may be at fault as well.
     """
 
-    def __init__(self, worker_id: str, *, overloaded: bool = False) -> None:
+    def __init__(self, worker_id: str, *, overloaded: bool = False, beside: str | None = None) -> None:
         super().__init__(worker_id)
         self.worker_id = worker_id
         self.overloaded = overloaded
+        self.suspects = {worker_id} if beside is None or overloaded else {worker_id, beside}
 
 
 @dataclass(slots=True)
@@ -229,13 +231,15 @@ class Generator:
                 await self._pool.wait_change(min(left_s, _PLACE_POLL_S))
                 continue
             progress.attempts += 1
-            progress.last = attempt.decision
-            self._metrics.routed(attempt.decision.reason)
+            progress.prepared, progress.last = attempt.prepared, attempt.decision
+            self._metrics.routed(attempt.decision)
             return attempt
 
     async def _follow(self, progress: _Progress, attempt: Attempt) -> AsyncGenerator[GenerationEvent, None]:
         """Events of one attempt, until the request ends or the attempt fails."""
         decode, prefill = attempt.decision.decode_worker, attempt.decision.prefill_worker
+        # Until KV has arrived, what fails a decode worker may be its prefill worker, or the line between the two.
+        sender = prefill
         while True:
             try:
                 event = await attempt.mailbox.get(progress.remaining_s())
@@ -245,12 +249,15 @@ class Generator:
                 raise _AttemptFailedError(event.worker_id)
             output = event.output
             if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise _failure(event.worker_id, output)
+                raise _failure(event.worker_id, output, sender)
             if event.worker_id != decode:
                 continue
             if output.token_ids and prefill is not None:
                 # The KV has arrived: what becomes of the prefill worker does not matter any more.
                 self._placer.release(attempt, prefill)
+                sender = None
+            if output.report is not None and output.token_ids:
+                self._metrics.predicted(self._placer.learn(attempt, output.report))
             shown = self._take(progress, output)
             if shown or output.token_ids:
                 yield TextDelta(shown, output.token_ids, output.logprobs, decode)
@@ -305,7 +312,7 @@ class Generator:
         request_id = progress.prepared.request.request_id
         self._metrics.retried()
         logger.warning("request %s: attempt %d failed at %s", request_id, progress.attempts, failure.worker_id)
-        progress.avoid |= {failure.worker_id}
+        progress.avoid |= failure.suspects
         if progress.full or progress.attempts < self._config.max_attempts:
             return
         if failure.overloaded:
@@ -315,10 +322,10 @@ class Generator:
         raise WorkerUnavailableError(message, request_id=request_id) from None
 
 
-def _failure(worker_id: str, output: TokenOutput) -> Exception:
+def _failure(worker_id: str, output: TokenOutput, sender: str | None) -> Exception:
     """What an output that reports an error means. Texts of workers reach the caller only behind ``INVALID_PREFIX``."""
     if output.finish_reason is FinishReason.ABORT or output.error.startswith(RETRYABLE_PREFIX):
-        return _AttemptFailedError(worker_id, overloaded=output.error.startswith(OVERLOADED_PREFIX))
+        return _AttemptFailedError(worker_id, overloaded=output.error.startswith(OVERLOADED_PREFIX), beside=sender)
     if output.error.startswith(INVALID_PREFIX):
         return InvalidRequestError(output.error.removeprefix(INVALID_PREFIX), request_id=output.request_id)
     logger.error("request %s failed at worker %s: %s", output.request_id, worker_id, output.error)

@@ -1,4 +1,4 @@
-"""The gRPC front door: Generate, ListModels, GetStatus, health and reflection."""
+"""The gRPC front door: generation, models, status, explanations, presets, health and reflection."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from prismserve.protocol import prismserve_pb2 as pb
 from prismserve.protocol import prismserve_pb2_grpc as rpc
 from prismserve.router.calls import Call, check_cache_salt, check_model, check_request_id
 from prismserve.router.failures import failure_of
+from prismserve.router.fidelity.judge import read_control
 from prismserve.router.fields import json_object, refuse
 from prismserve.router.generation import TextDelta
 from prismserve.router.media import ImageSource
@@ -163,7 +164,7 @@ def usage_message(usage: Usage) -> pb.Usage:
         transfer_ms=usage.transfer_ms,
         transfer_exposed_ms=usage.transfer_exposed_ms,
         route_reason=usage.route_reason,
-        compression=plan_text(usage.compression),
+        compression=plan_text(usage.compression, usage.preset_asked),
         visual_tokens_by_cut=usage.visual_tokens_by_cut,
     )
 
@@ -189,6 +190,9 @@ class InferenceServicer(rpc.InferenceServicer):
                 async for event in events:
                     yield self._response(request_id, event)
         except PrismServeError as error:
+            await _abort(context, error)
+        except Exception as error:  # a call's outermost frame: gRPC itself would tell the caller what it was
+            logger.exception("unexpected error while serving a call")
             await _abort(context, error)
 
     def _tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
@@ -240,8 +244,34 @@ class InferenceServicer(rpc.InferenceServicer):
             await _abort(context, error)
         return pb.GetStatusResponse(json=json.dumps(self._service.status()))
 
+    async def Explain(  # noqa: N802 - the name in the schema
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ExplainResponse:
+        """What compression would do to the visual tokens of a request, and a picture of it."""
+        service = self._service
+        try:
+            tenant = self._tenant(context)
+            check_model(request.model, service.facts.name)
+            call = call_of(request, service.config, context.time_remaining(), tenant)
+            found, png = await service.explain(call, drawn=True)
+        except PrismServeError as error:
+            await _abort(context, error)
+        return pb.ExplainResponse(json=json.dumps(found), png=png)
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: PrismServeError) -> NoReturn:
+    async def SetPreset(  # noqa: N802 - the name in the schema
+        self, request: pb.SetPresetRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.SetPresetResponse:
+        """An operator's word about a preset."""
+        fidelity = self._service.fidelity
+        try:
+            self._tenant(context).require_admin()
+            fidelity.control(request.preset, read_control(request.control))
+        except PrismServeError as error:
+            await _abort(context, error)
+        return pb.SetPresetResponse(json=json.dumps(fidelity.status()))
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     failure = failure_of(error)
     trailing = []
     if failure.param is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import math
@@ -17,6 +18,7 @@ from prismserve.router import metrics
 from prismserve.router.admission import BodyBudget
 from prismserve.router.calls import chat_call, check_model, completion_call
 from prismserve.router.failures import INTERNAL, Failure, failure_of
+from prismserve.router.fidelity.judge import read_control
 from prismserve.router.fields import boolean, json_object, mapping, refuse
 from prismserve.router.generation import TextDelta
 from prismserve.router.http_io import drain, read_body, until_disconnect
@@ -50,6 +52,9 @@ def create_app(service: RouterService) -> FastAPI:
         ("GET", "/-/healthz", door.alive),
         ("GET", "/metrics", door.metrics),
         ("GET", "/status", door.status),
+        ("POST", "/v1/compression/explain", door.explain),
+        ("GET", "/v1/compression/presets", door.presets),
+        ("POST", "/v1/compression/presets/{preset}", door.set_preset),
     )
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
@@ -147,6 +152,49 @@ class _Door:
         self._tenant(request).require_admin()
         return JSONResponse(self._service.status())
 
+    async def explain(self, request: Request) -> Response:
+        """POST /v1/compression/explain: the body of a chat request; ``overlay`` false leaves the picture out."""
+        service = self._service
+        with BodyBudget(service.admission, service.config) as budget:
+            body, tenant = await self._admitted(request, budget)
+            drawn = body.get("overlay") is None or boolean(body, "overlay")
+            call = chat_call(body, service.config, tenant)
+            found, png = await until_disconnect(request, service.explain(call, drawn=drawn))
+        picture = {"format": "png", "data": base64.b64encode(png).decode()} if drawn else None
+        head = {"object": "compression.explanation", "model": service.facts.name}
+        return JSONResponse({**head, **found, "overlay": picture})
+
+    async def presets(self, request: Request) -> Response:
+        """GET /v1/compression/presets."""
+        self._tenant(request).require_admin()
+        return JSONResponse(self._service.fidelity.status())
+
+    async def set_preset(self, request: Request, preset: str) -> Response:
+        """POST /v1/compression/presets/{preset}: ``control`` is hold, release or auto."""
+        service = self._service
+        try:
+            self._tenant(request).require_admin()
+        except PrismServeError:
+            await drain(request.stream())
+            raise
+        with BodyBudget(service.admission, service.config) as budget:
+            body = json_object(await read_body(request, service.config, budget))
+        service.fidelity.control(preset, read_control(body.get("control")))
+        return JSONResponse(service.fidelity.status())
+
+    async def _admitted(self, request: Request, budget: BodyBudget) -> tuple[Mapping[str, Any], Tenant]:
+        """The body of a request whose sender may ask now, for the model that is served."""
+        service = self._service
+        try:
+            tenant = self._tenant(request)
+            service.admission.check(tenant)
+        except (AuthenticationError, OverloadedError):
+            await drain(request.stream())
+            raise
+        body = json_object(await read_body(request, service.config, budget))
+        check_model(body.get("model"), service.facts.name)
+        return body, tenant
+
     def _card(self) -> dict[str, Any]:
         facts = self._service.facts
         return {
@@ -160,15 +208,8 @@ class _Door:
     async def _generate(self, request: Request, *, chat: bool) -> Response:
         arrived_at = time.monotonic()
         service = self._service
-        try:
-            tenant = self._tenant(request)
-            service.admission.check(tenant)
-        except (AuthenticationError, OverloadedError):
-            await drain(request.stream())
-            raise
         with BodyBudget(service.admission, service.config) as budget:
-            body = json_object(await read_body(request, service.config, budget))
-            check_model(body.get("model"), service.facts.name)
+            body, tenant = await self._admitted(request, budget)
             stream, include_usage = _stream_options(body)
             call = self._call(body, tenant, chat=chat)
             choices = choices_of(body, service.config)

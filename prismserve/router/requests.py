@@ -31,11 +31,13 @@ from prismserve.core.types import (
     prefill_namespace,
     wire_namespace,
 )
+from prismserve.router.fidelity.compare import TOP_TOKENS
 from prismserve.router.sampling import COMPLETION_MAX_TOKENS, parse_sampling, refuse_unserved
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from prismserve.core.prompt import Element
     from prismserve.models.processing import MediaSlot, Processor
     from prismserve.router.calls import Call
     from prismserve.router.config import RouterConfig
@@ -56,6 +58,7 @@ class ModelFacts:
         encoder_fingerprint: 32 bytes over the vision encoder; part of every image key.
         layout: what makes KV interchangeable; part of every block key.
         max_model_len: positions a request may span, prompt and answer together.
+        embedding_token_bytes: of one token of an image's embeddings; 0 if that is not known.
     """
 
     name: str
@@ -63,6 +66,7 @@ class ModelFacts:
     encoder_fingerprint: bytes
     layout: KVLayout
     max_model_len: int
+    embedding_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +76,15 @@ class Prepared:
     Attributes:
         keys: chained keys of the prompt's full blocks under ``request.namespace``.
         wire_keys: the same under ``request.wire_namespace``; equal to ``keys`` for exact codecs.
-        media_end_tokens: cache slots up to and including the last image or video; 0 without any.
+        preset_asked: the preset in whose place a milder one is served; empty where none was stepped back.
+        harder: the same request under a lossier wire codec, where its sender leaves that to the server; else None.
     """
 
     request: Request
     keys: tuple[bytes, ...]
     wire_keys: tuple[bytes, ...]
-    media_end_tokens: int
+    preset_asked: str = ""
+    harder: Prepared | None = None
 
     @property
     def image_keys(self) -> tuple[bytes, ...]:
@@ -102,6 +108,7 @@ class RequestBuilder:
         config: limits.
         media: reads and hashes images and videos.
         default_compression: preset or method name of requests that give none.
+        in_force: what is served to requests that ask for a preset.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class RequestBuilder:
         config: RouterConfig,
         media: MediaReader,
         default_compression: str,
+        in_force: Callable[[str], str] = str,
     ) -> None:
         presets.resolve(None, default_compression)
         self._processor = processor
@@ -118,6 +126,7 @@ class RequestBuilder:
         self._config = config
         self._media = media
         self._default = default_compression
+        self._in_force = in_force
         # One thread: a fast tokenizer must not be entered by two threads at once.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="router-tokenize")
 
@@ -142,9 +151,48 @@ class RequestBuilder:
             chat=call.messages is not None,
         )
         self._check_media(call)
-        plan = self._plan(call)
+        plan, preset_asked = self._plan(call)
         self._check_length(call)
         media = await self._media.read(call.media)
+        prepared = await self._assembled(call, media, sampling, plan, settled=settled)
+        return dataclasses.replace(prepared, preset_asked=preset_asked) if preset_asked else prepared
+
+    async def again(self, call: Call, prepared: Prepared, preset: str | None, max_tokens: int) -> Prepared:
+        """The same prompt, to be answered greedily and with log-probabilities.
+
+        Args:
+            call: what was asked; its body and media are not needed.
+            prepared: the request that was served.
+            preset: the preset to answer under; None keeps the plan that was served.
+            max_tokens: longest answer.
+
+        Raises:
+            InvalidRequestError: the preset cannot act on what the request holds.
+        """
+        request = prepared.request
+        plan = request.compression
+        if preset is not None:
+            kinds = frozenset(item.kind for item in request.media)
+            plan = self._settle(presets.resolve(preset, "off"), kinds, default=False)
+        length = min(max_tokens, request.sampling.max_tokens)
+        sampling = dataclasses.replace(
+            request.sampling,
+            temperature=0.0,
+            logprobs=TOP_TOKENS,
+            max_tokens=length,
+            min_tokens=min(length, request.sampling.min_tokens),
+        )
+        return await self._assembled(call, request.media, sampling, plan, settled=True)
+
+    async def _assembled(
+        self,
+        call: Call,
+        media: tuple[MediaInput, ...],
+        sampling: SamplingParams,
+        plan: CompressionPlan,
+        *,
+        settled: bool,
+    ) -> Prepared:
         loop = asyncio.get_running_loop()
         work = functools.partial(self._assemble, call, media, sampling, plan, settled=settled)
         return await loop.run_in_executor(self._pool, work)
@@ -156,17 +204,28 @@ class RequestBuilder:
                 message = f"{source.field}: the model {self._facts.name!r} does not take {source.kind}s"
                 raise InvalidRequestError(message, field=source.field)
 
-    def _plan(self, call: Call) -> CompressionPlan:
-        """What the request asked for; of the server's default, what can act on what the request holds."""
-        plan = self._check_prefill(call, presets.resolve(call.compression, self._default))
-        if not call.media or plan.visual.name == "none":
+    def _plan(self, call: Call) -> tuple[CompressionPlan, str]:
+        """What the request asked for, and the preset in whose place it is served; "" where that was not changed."""
+        plan = presets.resolve(call.compression, self._default)
+        asked = presets.asked(call.compression, self._default)
+        served = asked if asked is None else self._in_force(asked)
+        if served is not None and served != asked:
+            plan = presets.resolve(served, self._default)
+        kinds = frozenset(source.kind for source in call.media)
+        plan = self._settle(plan, kinds, default=call.compression is None)
+        return plan, asked if asked is not None and served != asked else ""
+
+    def _settle(self, plan: CompressionPlan, kinds: frozenset[MediaKind], *, default: bool) -> CompressionPlan:
+        """A plan as it can act on what a request holds; of the server's default, what can act on it."""
+        plan = self._check_prefill(plan, kinds, default=default)
+        if plan.visual.name == "none":
             return plan
         needs = loader.encoder_needs(plan.visual.name)
-        for kind in sorted({source.kind for source in call.media}):
+        for kind in sorted(kinds):
             reducible = self._processor.reducible_of(kind)
             if reducible is not None and needs <= reducible:
                 continue
-            if call.compression is None:
+            if default:
                 return dataclasses.replace(plan, visual=presets.resolve("none", "off").visual, preset="custom")
             reason = (
                 "has structure that a reduction would break"
@@ -180,12 +239,12 @@ class RequestBuilder:
             raise InvalidRequestError(message, field="compression.visual")
         return plan
 
-    def _check_prefill(self, call: Call, plan: CompressionPlan) -> CompressionPlan:
+    def _check_prefill(self, plan: CompressionPlan, kinds: frozenset[MediaKind], *, default: bool) -> CompressionPlan:
         """The plan, without a prefill method where there is nothing to reduce, or where the default cannot act."""
         if plan.prefill.name == "none":
             return plan
         without = dataclasses.replace(plan, prefill=presets.resolve("none", "off").prefill)
-        if not call.media:
+        if not kinds:
             return without
         method, field = loader.prefill_method(plan.prefill.name), "compression.prefill"
         reason = ""
@@ -197,7 +256,7 @@ class RequestBuilder:
             method.cuts(loader.config_of(plan.prefill, "prefill"), self._facts.layout.layers)
             # Which slots of a reduced layer hold text is not known before it is computed.
             return dataclasses.replace(plan, wire=uniform(plan.wire))
-        if call.compression is None:
+        if default:
             return dataclasses.replace(without, preset="custom")
         message = f"{field}: method {method.name!r} {reason}"
         raise InvalidRequestError(message, field=field)
@@ -223,7 +282,7 @@ class RequestBuilder:
         settled: bool,
     ) -> Prepared:
         salt = tenant_salt(call.tenant.name, call.cache_salt)
-        scoring = self._scoring(call, plan)
+        scoring = self._scoring(call, plan) if media else None
         prompt = self._prompt(call, media, plan, salt, scoring)
         sampling = self._fit(call, prompt, sampling, settled=settled)
         root = prefill_namespace(namespace(self._facts.fingerprint, self._facts.layout, salt), plan.prefill)
@@ -245,11 +304,25 @@ class RequestBuilder:
         size = self._facts.layout.block_tokens
         keys = tuple(block_keys(root, slots, size))
         wire_keys = keys if wire_root == root else tuple(block_keys(wire_root, slots, size))
-        return Prepared(request, keys, wire_keys, _media_end(prompt))
+        prepared = Prepared(request, keys, wire_keys)
+        if call.compression is not None or self._config.harder_codec == "none" or loader.codec(plan.wire.name).lossy:
+            return prepared
+        return dataclasses.replace(prepared, harder=self._harder(prepared, slots))
+
+    def _harder(self, prepared: Prepared, slots: Sequence[Element]) -> Prepared:
+        """The request under the codec that placement may choose for one that gives no compression of its own."""
+        codec = loader.codec(self._config.harder_codec)
+        wire = loader.normalise(codec, {}, "compression.wire")
+        request = prepared.request
+        root = wire_namespace(request.namespace, wire, lossy=codec.lossy)
+        plan = dataclasses.replace(request.compression, wire=wire, preset="custom")
+        harder = dataclasses.replace(request, compression=plan, wire_namespace=root)
+        keys = tuple(block_keys(root, slots, self._facts.layout.block_tokens))
+        return dataclasses.replace(prepared, request=harder, wire_keys=keys)
 
     def _scoring(self, call: Call, plan: CompressionPlan) -> tuple[int, ...] | None:
         """The scoring text, where the images' tokens depend on it; None where they depend on the images alone."""
-        if call.messages is None or not call.media or loader.visual_method(plan.visual.name).share is not Share.QUERY:
+        if call.messages is None or loader.visual_method(plan.visual.name).share is not Share.QUERY:
             return None
         return self._processor.scoring_ids(call.messages)
 
@@ -262,7 +335,8 @@ class RequestBuilder:
         scoring: tuple[int, ...] | None,
     ) -> Prompt:
         if call.messages is not None:
-            tokens: Sequence[int | MediaSlot] = self._processor.render_chat(call.messages)
+            times = {index: item.times for index, item in enumerate(media) if item.times is not None}
+            tokens: Sequence[int | MediaSlot] = self._processor.render_chat(call.messages, times)
         elif call.prompt_ids is not None:
             self._refuse_placeholder(call.prompt_ids)
             tokens = call.prompt_ids
@@ -332,12 +406,3 @@ class RequestBuilder:
             )
             raise ContextLengthError(message, field="max_tokens")
         return sampling
-
-
-def _media_end(prompt: Prompt) -> int:
-    end = at = 0
-    for segment in prompt.segments:
-        at += segment.tokens
-        if isinstance(segment, MediaSegment):
-            end = at
-    return end

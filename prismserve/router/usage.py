@@ -32,6 +32,7 @@ class Usage:
         kv_bytes_sent: KV that crossed between workers, as encoded.
         queue_ms: part of ``ttft_ms`` that was neither encoding, prefill nor exposed transfer.
         attempts: placements it took; 1 when no worker was lost.
+        preset_asked: the preset in whose place ``compression`` was served; empty where none was stepped back.
     """
 
     prompt_tokens: int
@@ -59,6 +60,7 @@ class Usage:
     compression: CompressionPlan
     attempts: int
     visual_tokens_by_cut: tuple[int, ...] = ()
+    preset_asked: str = ""
 
     def openai(self) -> dict[str, Any]:
         """The ``usage`` object of OpenAI's API with the block ``prismserve``."""
@@ -89,13 +91,16 @@ class Usage:
                 "decode_worker": self.decode_worker,
                 "route_reason": self.route_reason,
                 "attempts": self.attempts,
-                "compression": plan_json(self.compression),
+                "compression": plan_json(self.compression, self.preset_asked),
             },
         }
 
 
-def plan_json(plan: CompressionPlan) -> dict[str, Any]:
-    """A resolved plan as the API shows it: parameters without the method's version."""
+def plan_json(plan: CompressionPlan, preset_asked: str = "") -> dict[str, Any]:
+    """A resolved plan as the API shows it: parameters without the method's version.
+
+    ``preset_asked`` is the preset that was asked for, where a milder one is served in its place.
+    """
     visual = {name: value for name, value in plan.visual.params if name != "version"}
     prefill = {name: value for name, value in plan.prefill.params if name != "version"}
     wire = {name: value for name, value in plan.wire.params if name != "version"}
@@ -104,12 +109,13 @@ def plan_json(plan: CompressionPlan) -> dict[str, Any]:
         "visual": {"method": plan.visual.name, **visual},
         "prefill": {"method": plan.prefill.name, **prefill},
         "wire": {"codec": plan.wire.name, **wire},
+        **({"stepped_back_from": preset_asked} if preset_asked else {}),
     }
 
 
-def plan_text(plan: CompressionPlan) -> str:
+def plan_text(plan: CompressionPlan, preset_asked: str = "") -> str:
     """The same as canonical JSON, for gRPC."""
-    return canonical_json(plan_json(plan)).decode()
+    return canonical_json(plan_json(plan, preset_asked)).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,4 +180,5 @@ def make_usage(prepared: Prepared, served: Served, token_bytes: int) -> Usage:
         compression=prepared.request.compression,
         attempts=served.attempts,
         visual_tokens_by_cut=by_cut,
+        preset_asked=prepared.preset_asked,
     )

@@ -7,16 +7,20 @@ request.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from prismserve.compression.loader import codec, normalise
-from prismserve.core.errors import IncompatibleLayoutError, LeaseExpiredError, PrismServeError, TransferError
+from prismserve.core.errors import LeaseExpiredError, PrismServeError, TransferError
 from prismserve.core.prompt import block_keys, elements
-from prismserve.engine.image_cache import VisualTokens
+from prismserve.engine.encoding import image_label
+from prismserve.engine.image_cache import NO_LABEL, VisualTokens
+from prismserve.kv_transfer.conversion import Side, check_registered, refusal
 from prismserve.kv_transfer.manifest import Expected, build
 from prismserve.kv_transfer.plan import reserve_bytes
 from prismserve.kv_transfer.sender import Outgoing
@@ -24,7 +28,9 @@ from prismserve.protocol import convert
 from prismserve.protocol import worker_pb2 as pb
 
 if TYPE_CHECKING:
-    from prismserve.core.types import MediaSegment, Reservation
+    from collections.abc import Awaitable
+
+    from prismserve.core.types import MediaSegment, PrefillReport, Reservation
     from prismserve.engine.pool import KVPool
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.peers import Peer
@@ -57,6 +63,30 @@ class TransferCounters:
         self.seconds += outgoing.write_seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What one request was spared, and how long that took.
+
+    Attributes:
+        seconds: before the engine saw the request.
+        restored_tokens: from this worker's tiers.
+        pulled_tokens: from another worker.
+    """
+
+    seconds: float
+    restored_tokens: int
+    pulled_tokens: int
+
+    def into(self, report: PrefillReport) -> PrefillReport:
+        """The report with these figures."""
+        return dataclasses.replace(
+            report,
+            fetch_ms=self.seconds * 1e3,
+            restored_tokens=self.restored_tokens,
+            pulled_tokens=self.pulled_tokens,
+        )
+
+
 class TailReader:
     """Reads slots from ``first`` on, out of a pool whose groups lie in the order of the blocks there."""
 
@@ -82,13 +112,15 @@ class Exchange:
 
     # ---- fetching ----------------------------------------------------------------------------------------------
 
-    async def fetch(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
+    async def fetch(self, submission: Submission, worker: Literal["local", "prefill"]) -> Fetched:
         """Fetch the prefix and the embeddings the router's hints point at; never fails the request."""
         runtime, request = self._runtime, submission.request
-        await runtime.tiering.restore(submission, worker)
-        wanted = []
+        started_s = time.monotonic()
+        restored_tokens = await runtime.tiering.restore(submission, worker)
+        await runtime.tiering.restore_images(submission, worker)
+        wanted: list[Awaitable[int]] = []
         if submission.pull_from and submission.pull_blocks and submission.pull_from != runtime.info.worker_id:
-            wanted.append(self._fetch_prefix(submission, worker))
+            wanted.append(self.fetch_prefix(submission, worker))
         holders = dict(enumerate(submission.embedding_holders))
         seen: set[bytes] = set()
         for position, segment in enumerate(request.prompt.media_segments()):
@@ -97,14 +129,23 @@ class Exchange:
             if holder and holder != runtime.info.worker_id and not held:
                 seen.add(segment.key)
                 wanted.append(self._fetch_embedding(submission, segment, holder))
+        pulled_tokens = 0
         for outcome in await asyncio.gather(*wanted, return_exceptions=True):
-            if isinstance(outcome, PrismServeError):
+            if isinstance(outcome, int):
+                pulled_tokens += outcome
+            elif isinstance(outcome, PrismServeError):
                 self.counters.fetch_misses += 1
                 logger.info("request %s: cache fetch missed: %s", request.request_id, outcome.message)
-            elif isinstance(outcome, BaseException):
+            else:
                 raise outcome
+        return Fetched(time.monotonic() - started_s, restored_tokens, pulled_tokens)
 
-    async def _fetch_prefix(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
+    async def fetch_prefix(self, submission: Submission, worker: Literal["local", "prefill"]) -> int:
+        """Pull leading blocks and insert them; returns tokens that were missing here.
+
+        Raises:
+            PrismServeError: the holder is gone, does not hold them or is too slow, or there is no room.
+        """
         runtime, request = self._runtime, submission.request
         peer = await runtime.peers.find(submission.pull_from)
         layout = runtime.engine.layout
@@ -116,7 +157,7 @@ class Exchange:
         try:
             missing = ticket.prompt_tokens - ticket.cached_tokens
             if missing <= 0:
-                return
+                return 0
             expected = self._expected(submission, peer, namespace, ticket.prompt_tokens, ticket.cached_tokens)
             reservation = runtime.receiver.reserve(
                 expected, reserve_bytes(missing, EXACT, layout), runtime.engine.import_writer(ticket)
@@ -129,11 +170,13 @@ class Exchange:
             await runtime.on_engine(lambda engine: engine.adopt_prefix_finish(ticket, request))
             done = True
             self.counters.fetched_blocks += missing // layout.block_tokens
+            return missing
         finally:
             if not done:
                 await runtime.on_engine(lambda engine: engine.abort_import(ticket))
 
-    async def _fetch_embedding(self, submission: Submission, segment: MediaSegment, holder: str) -> None:
+    async def _fetch_embedding(self, submission: Submission, segment: MediaSegment, holder: str) -> int:
+        """Pull an image's embeddings into the image cache; no tokens of the prompt are spared yet."""
         runtime = self._runtime
         peer = await runtime.peers.find(holder)
         decoder = runtime.model.decoder.config
@@ -162,8 +205,10 @@ class Exchange:
             text = f"worker {holder} sent {positions.shape[-1]} of {reply.raw_tokens} tokens, expected {segment.tokens}"
             raise TransferError(text)
         embeds = rows.to(runtime.model.device)
-        runtime.engine.image_cache.put(segment.key, VisualTokens(embeds, positions, segment.raw_tokens))
+        label = image_label(submission.request, segment.media_index)
+        runtime.engine.image_cache.put(segment.key, VisualTokens(embeds, positions, segment.raw_tokens), label)
         self.counters.fetched_embeddings += 1
+        return 0
 
     def _expected(
         self, submission: Submission, peer: Peer, namespace: bytes, tokens: int, cached_tokens: int
@@ -227,13 +272,14 @@ class Exchange:
         if message.source_epoch != runtime.info.epoch:
             text = f"the request is for epoch {message.source_epoch}, this worker is in epoch {runtime.info.epoch}"
             raise LeaseExpiredError(text)
-        if message.layout_fingerprint != runtime.engine.layout.fingerprint():
-            text = (
-                f"KV layouts differ: worker {message.target_worker} and worker {runtime.info.worker_id} "
-                f"({runtime.engine.layout}) must run the same model, dtype, KV format and block size"
-            )
-            raise IncompatibleLayoutError(text)
         peer = await runtime.peers.find(message.target_worker, message.target_epoch)
+        if message.layout_fingerprint != runtime.engine.layout.fingerprint():
+            source = Side(runtime.info.worker_id, runtime.engine.layout)
+            target = Side(message.target_worker, peer.info.layout)
+            check_registered(target, message.layout_fingerprint)
+            raise refusal(
+                source, target, "keys of cached blocks name one layout, so they are pulled between equal ones"
+            )
         if message.embedding_key:
             return await self._serve_embedding(message, peer)
         return await self._serve_blocks(message, peer)
@@ -261,7 +307,10 @@ class Exchange:
             await runtime.on_engine(lambda engine: engine.unpin(pinned.pin_id))
 
     async def _serve_embedding(self, message: pb.PushRequest, peer: Peer) -> pb.PushReply:
-        tokens = self._runtime.engine.image_cache.get(message.embedding_key)
+        cache, key = self._runtime.engine.image_cache, message.embedding_key
+        tokens = cache.get(key)
+        if tokens is None and await self._runtime.tiering.restore_image(key, NO_LABEL):
+            tokens = cache.get(key)
         if tokens is None:
             return pb.PushReply(found=False, refusal="the embedding is not cached here any more")
         outgoing = self._outgoing(message, peer)

@@ -27,6 +27,7 @@ class Submission:
     pull_from: str
     pull_blocks: int
     embedding_holders: tuple[str, ...]
+    skip_restore: bool = False
 
     @property
     def ref(self) -> RequestRef:
@@ -44,6 +45,7 @@ def submission_from_proto(message: pb.Submit) -> Submission:
         pull_from=message.pull_from,
         pull_blocks=message.pull_blocks,
         embedding_holders=tuple(message.embedding_holders),
+        skip_restore=message.skip_restore,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from grpc import aio
 
+from prismserve.core.cores import share_of, visible_cores
 from prismserve.core.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -26,7 +27,6 @@ from prismserve.engine.loop import EngineLoop
 from prismserve.kernels.dispatch import set_native
 from prismserve.kv_transfer.arena import Arena
 from prismserve.kv_transfer.hub import TransportHub
-from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.kv_transfer.index.lease import WorkerLease
 from prismserve.kv_transfer.receiver import Receiver
@@ -37,8 +37,10 @@ from prismserve.protocol import convert
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol.channel import SERVER_OPTIONS, ClusterSecretInterceptor
 from prismserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
-from prismserve.worker_runtime.exchange import Exchange
+from prismserve.worker_runtime.exchange import Exchange, Fetched
+from prismserve.worker_runtime.explaining import Explainer
 from prismserve.worker_runtime.local import LocalJobs
+from prismserve.worker_runtime.memory_pool import MemoryPool
 from prismserve.worker_runtime.peers import PeerDirectory
 from prismserve.worker_runtime.service import WorkerService
 from prismserve.worker_runtime.sessions import RequestRef, SessionTable
@@ -81,6 +83,8 @@ class WorkerRuntime:
     index: KVIndex
     peers: PeerDirectory
     exchange: Exchange
+    explainer: Explainer
+    memory_pool: MemoryPool
     tiering: Tiering
     model: VisionLanguageModel
 
@@ -91,6 +95,7 @@ class WorkerRuntime:
         self.landing: LandingHandler | None = None
         self._progress = progress
         self._by_job: dict[int, JobHandler] = {}
+        self.fetched: dict[RequestRef, Fetched] = {}
         self._taps: dict[RequestRef, Callable[[TokenOutput], None]] = {}
         self.lease: WorkerLease | None = None
         self._held: dict[bytes, None] = {}
@@ -113,11 +118,12 @@ class WorkerRuntime:
         """Load the model and build the engine; ModelLoadError or ConfigurationError say why not."""
         config = self.config
         self._loop = asyncio.get_running_loop()
-        torch.set_num_threads(config.threads)
+        # Native kernels take their number from here, and share PyTorch's pool.
+        torch.set_num_threads(config.threads or share_of(visible_cores(), config.node_workers))
         set_native(on=config.engine.native_kernels)
         self.engine = await asyncio.to_thread(self._build_engine)
-        self.engine.image_cache.on_change = self._on_image
         self.tiering = await asyncio.to_thread(Tiering, self, config.tiers, self._on_tier)
+        self.engine.image_cache.on_change = self._on_image
         self.engine_loop = EngineLoop(self.engine, self._on_outputs, self._on_cache_events)
         self.engine_loop.start()
 
@@ -138,7 +144,7 @@ class WorkerRuntime:
     async def serve(self) -> None:
         """Open the data plane and register; from here on routers find the worker."""
         config = self.config
-        self.index = await open_index(config.index_url, config.cluster_id)
+        self.index = await open_index(config.index_url, config.cluster_id, config.index)
         worker_id = f"{config.role.value}-{secrets.token_hex(4)}"
         server = aio.server(
             interceptors=[ClusterSecretInterceptor(config.cluster_secret)], options=list(SERVER_OPTIONS)
@@ -164,10 +170,12 @@ class WorkerRuntime:
             endpoint=self.hub.endpoint(),
             state=WorkerState.STARTING,
         )
-        self.lease = WorkerLease(self.index, info, self._held_keys, IndexConfig())
+        self.lease = WorkerLease(self.index, info, self._held_keys, config.index)
         await self.lease.start()
         self.peers = PeerDirectory(self.index, config.cluster_secret)
         self.exchange = Exchange(self)
+        self.explainer = Explainer(self)
+        self.memory_pool = MemoryPool(self)
         self.add_handler(pb.JOB_LOCAL, LocalJobs(self))
         await server.start()
         self._server = server
@@ -200,6 +208,8 @@ class WorkerRuntime:
             await self._server.stop(grace=1.0)
         if hasattr(self, "peers"):
             await self.peers.close()
+        if hasattr(self, "tiering"):
+            await self.tiering.settle(5.0)
         if hasattr(self, "engine_loop"):
             await asyncio.to_thread(self.engine_loop.stop, 5.0)
             self.engine.constraints.close()
@@ -293,18 +303,29 @@ class WorkerRuntime:
             if receive is not None:
                 receive(output)
                 continue
-            report = output.report
-            if report is not None and not report.worker_id:
-                output = dataclasses.replace(  # noqa: PLW2901 - completed on its way out
-                    output, report=dataclasses.replace(report, worker_id=self.info.worker_id)
-                )
-            passed.append(output)
+            passed.append(self._completed(output))
         if passed:
             self.sessions.deliver(passed)
 
+    def _completed(self, output: TokenOutput) -> TokenOutput:
+        """An output of a local job with what its report lacks: this worker's id, and what was fetched for it."""
+        report = output.report
+        if report is None or report.worker_id:
+            if output.finish_reason is not None:
+                self.fetched.pop((output.request_id, output.attempt), None)
+            return output
+        report = dataclasses.replace(report, worker_id=self.info.worker_id)
+        fetched = self.fetched.pop((output.request_id, output.attempt), None)
+        return dataclasses.replace(output, report=report if fetched is None else fetched.into(report))
+
     def _on_image(self, key: bytes, held: bool) -> None:  # noqa: FBT001 - the callback's shape
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._collect_keys, [key] if held else [], [] if held else [key])
+            self._loop.call_soon_threadsafe(self._image_changed, key, held)
+
+    def _image_changed(self, key: bytes, held: bool) -> None:  # noqa: FBT001 - as above
+        if held:
+            self.tiering.offer_image(key)
+        self._collect_keys([key] if held else [], [] if held else [key])
 
     def _held_keys(self) -> dict[Tier, list[bytes]]:
         return {Tier.DEVICE: list(self._held), **self.tiering.held()}
@@ -338,15 +359,19 @@ class WorkerRuntime:
 
     def stats(self) -> WorkerStats:
         """Engine and transfer counters together."""
-        counters = self.exchange.counters
+        counters, tier_rates = self.exchange.counters, self.tiering.rates()
         return dataclasses.replace(
             self.engine.stats(),
             worker_id=self.info.worker_id,
+            threads=torch.get_num_threads(),
             transfers=counters.transfers,
             transfer_bytes=counters.sent_bytes,
             transfer_raw_bytes=counters.raw_bytes,
             transfer_seconds=counters.seconds,
             transfer_failures=counters.failures,
+            link_bytes_per_s=tuple(self.hub.rates().items()),
+            tier_host_bytes_per_s=tier_rates.get("host", 0.0),
+            tier_disk_bytes_per_s=tier_rates.get("disk", 0.0),
             **self.tiering.stats(),
         )
 

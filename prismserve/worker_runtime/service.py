@@ -127,3 +127,11 @@ class WorkerService(WorkerServicer):
             return await self._runtime.exchange.serve(request)
         except PrismServeError as error:
             return pb.PushReply(found=False, refusal=error.message)
+
+    async def Explain(  # noqa: N802
+        self,
+        request: pb.ExplainRequest,
+        context: aio.ServicerContext[Any, Any],  # noqa: ARG002 - gRPC passes it
+    ) -> pb.ExplainReply:
+        """What would become of a request's visual tokens."""
+        return await self._runtime.explainer.serve(request)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import logging
 from typing import TYPE_CHECKING, Literal
 
@@ -11,16 +13,21 @@ import torch
 from prismserve.core.errors import PrismServeError
 from prismserve.core.hashing import digest
 from prismserve.core.prompt import block_keys, elements
-from prismserve.core.types import Tier
+from prismserve.core.types import MediaSegment, Tier
+from prismserve.engine.encoding import image_label
 from prismserve.engine.pool import KVPool
-from prismserve.kv_transfer.tiers.eviction import OWNER_BYTES, Label
-from prismserve.kv_transfer.tiers.restore import Restore, decide
+from prismserve.kv_transfer.costs import FIRST_GUESS_TIER_BYTES_PER_S
+from prismserve.kv_transfer.tiers.eviction import Label
+from prismserve.kv_transfer.tiers.restore import FIXED_S, Restore, decide
 from prismserve.kv_transfer.tiers.store import TierStore
+from prismserve.worker_runtime.image_shelf import ImageShelf, owner_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from prismserve.engine.engine import Engine
+    from prismserve.core.types import Request
+    from prismserve.engine.engine import Engine, ImportTicket
+    from prismserve.engine.image_cache import ImageLabel
     from prismserve.kv_transfer.tiers.config import TierConfig
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.runtime import WorkerRuntime
@@ -33,16 +40,16 @@ _BY_NAME = {"host": Tier.HOST, "disk": Tier.DISK}
 class EngineBlocks:
     """The engine as the tiers see it; see :class:`prismserve.kv_transfer.tiers.store.BlockSource`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, shelf: ImageShelf) -> None:
         self._engine = engine
+        self._shelf = shelf
 
     def copy_block(self, key: bytes, target: torch.Tensor) -> Label | None:
-        """Copy a cached block and label it with its tenant."""
+        """Copy a cached block, or one of an image, and label it with its tenant."""
         owner = self._engine.copy_block(key, target)
         if owner is None:
-            return None
-        name = digest("tier-owner", owner.name.encode())[:OWNER_BYTES] if owner.name else bytes(OWNER_BYTES)
-        return Label(name, owner.share)
+            return self._shelf.copy_part(key, target)
+        return Label(owner_bytes(owner.name), owner.share)
 
 
 class Tiering:
@@ -55,6 +62,7 @@ class Tiering:
 
     Attributes:
         store: the tiers themselves.
+        restored_images: images that did not have to be encoded thanks to the tiers.
         restored_tokens: tokens that did not have to be prefilled thanks to the tiers.
         misses: restores that came to nothing.
     """
@@ -69,19 +77,27 @@ class Tiering:
         identity = digest("tier", runtime.model.fingerprint, engine.layout.fingerprint())
         self._runtime = runtime
         self._config = config
+        self._on_change = on_change
+        self._shelf = ImageShelf(engine.image_cache, engine.group_bytes)
         self.store = TierStore(
             config,
             engine.group_bytes,
             identity,
-            EngineBlocks(engine),
+            EngineBlocks(engine, self._shelf),
             lambda name, gained, lost: on_change(_BY_NAME[name], gained, lost),
         )
+        self.restored_images = 0
         self.restored_tokens = 0
         self.misses = 0
+        self._writing: set[asyncio.Future[int]] = set()
 
     def held(self) -> dict[Tier, list[bytes]]:
         """Every key held, by tier."""
         return {_BY_NAME[tier.name]: tier.keys() for tier in self.store.tiers}
+
+    def rates(self) -> dict[str, float]:
+        """Measured bytes per second of reading, by tier, where 0 stands for a tier that was not read yet."""
+        return {tier.name: tier.counters.read_bytes_per_s for tier in self.store.tiers}
 
     def stats(self) -> dict[str, int]:
         """The figures of :class:`prismserve.core.types.WorkerStats` that are the tiers'."""
@@ -90,60 +106,190 @@ class Tiering:
         return {
             "tier_host_blocks": len(host),
             "tier_disk_blocks": 0 if disk is None else len(disk),
+            "tier_restored_images": self.restored_images,
             "tier_restored_tokens": self.restored_tokens,
             "tier_corrupt_blocks": sum(tier.counters.corrupt for tier in tiers),
             "tier_errors": sum(tier.counters.errors for tier in tiers),
         }
 
-    async def restore(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
-        """Bring back the prefix of a request that the device no longer holds; never fails the request."""
+    async def restore(self, submission: Submission, worker: Literal["local", "prefill"]) -> int:
+        """Bring back the prefix of a request that the device no longer holds; never fails the request.
+
+        Returns:
+            Tokens brought back.
+        """
         runtime, request = self._runtime, submission.request
-        if not self.store.tiers or not runtime.config.engine.prefix_caching:
-            return
-        size = runtime.engine.layout.block_tokens
-        namespace = request.namespace if worker == "prefill" else request.wire_namespace
-        slots = elements(request.prompt, request.resume_token_ids)
-        keys = list(block_keys(namespace, slots, size))[: max(0, len(slots) - 1) // size]
+        if submission.skip_restore or not self.store.tiers or not runtime.config.engine.prefix_caching:
+            return 0
+        size, keys = runtime.engine.layout.block_tokens, self._keys(request, worker)
         # Asked without waiting for the engine: a request that finds nothing here must not wait for a step to end.
         plan = self._plan(keys, runtime.engine.held_blocks(keys))
         if not plan.worth_it:
-            return
+            return 0
         try:
-            taken = await self._bring_back(submission, worker, keys, plan)
+            taken = await self._bring_back(request, worker, keys, plan.first, plan.blocks)
         except (PrismServeError, TimeoutError) as error:
             self.misses += 1
             logger.info("request %s: nothing was restored: %s", request.request_id, str(error) or "it took too long")
-            return
+            return 0
         self.restored_tokens += taken * size
         self.misses += taken == 0
+        return taken * size
+
+    def offer_image(self, key: bytes) -> None:
+        """An image is held ready now; it is copied in the background."""
+        if self._config.images and self.store.tiers:
+            self.store.offer(self._shelf.parts(key))
+
+    async def restore_images(self, submission: Submission, worker: Literal["local", "prefill"]) -> None:
+        """Bring back the embeddings a request needs and the image cache lacks, where encoding takes longer."""
+        request, engine = submission.request, self._runtime.engine
+        if not self._config.images or not self.store.tiers:
+            return
+        ends = itertools.accumulate(segment.tokens for segment in request.prompt.segments)
+        lacking = [
+            (segment, end)
+            for segment, end in zip(request.prompt.segments, ends, strict=True)
+            if isinstance(segment, MediaSegment)
+            and segment.key not in engine.image_cache
+            and self.store.tier_of(segment.key) is not None
+        ]
+        held_tokens = self._held_tokens(request, worker) if lacking else 0
+        decoder = self._runtime.model.decoder.config
+        token_bytes = decoder.hidden_size * (1 + decoder.deepstack_layers) * self._runtime.model.dtype.itemsize
+        for segment, end in lacking:
+            if end > held_tokens:
+                encode_s = engine.encode_token_s * segment.raw_tokens or float("inf")
+                label = image_label(request, segment.media_index)
+                nbytes = segment.tokens * token_bytes
+                self.restored_images += await self.restore_image(segment.key, label, encode_s, nbytes)
+
+    async def restore_image(
+        self, key: bytes, label: ImageLabel, worth_s: float = float("inf"), nbytes: int = 0
+    ) -> bool:
+        """Put an image that is in the tiers into the image cache; whether it was there and could be read in time.
+
+        Args:
+            key: of the image.
+            label: whose it is.
+            worth_s: how long reading it may be predicted to take.
+            nbytes: of its embeddings, for that prediction.
+        """
+        tier = self.store.tier_of(key)
+        if tier is None:
+            return False
+        rate = tier.counters.read_bytes_per_s or FIRST_GUESS_TIER_BYTES_PER_S[tier.name]
+        if FIXED_S + self._shelf.blocks(nbytes) * self.store.block_bytes / rate >= worth_s:
+            return False
+        reading = asyncio.to_thread(self._shelf.load, key, self.store)
+        try:
+            tokens = await asyncio.wait_for(reading, self._config.restore_timeout_s)
+        except TimeoutError:
+            return False
+        if tokens is None:
+            return False
+        embeds = tokens.embeds.to(self._runtime.model.device)
+        self._runtime.engine.image_cache.put(key, dataclasses.replace(tokens, embeds=embeds), label)
+        return True
+
+    def _held_tokens(self, request: Request, worker: Literal["local", "prefill"]) -> int:
+        """Leading prompt tokens that are on the device now; a hint."""
+        keys = self._keys(request, worker)
+        return self._runtime.engine.held_blocks(keys) * self._runtime.engine.layout.block_tokens
 
     def _plan(self, keys: Sequence[bytes], first: int) -> Restore:
         engine = self._runtime.engine
         run = self.store.held_run(keys[first:])
-        rates = {tier.name: tier.counters.read_bytes_per_s for tier in self.store.tiers}
         return decide(
             first=first,
             tiers=[tier.name for tier in run],
             block_bytes=self.store.block_bytes,
             block_tokens=engine.layout.block_tokens,
-            bytes_per_s=rates,
+            bytes_per_s=self.rates(),
             prefill_tokens_per_s=engine.stats().prefill_tokens_per_s,
             blocks_min=self._config.restore_blocks_min,
         )
 
-    async def _bring_back(
-        self, submission: Submission, worker: Literal["local", "prefill"], keys: Sequence[bytes], plan: Restore
-    ) -> int:
-        wanted = keys[plan.first : plan.first + plan.blocks]
-        blocks = list(torch.empty(len(wanted), self.store.block_bytes, dtype=torch.uint8).unbind(0))
-        reading = asyncio.to_thread(self.store.read_run, wanted, blocks)
-        found = await asyncio.wait_for(reading, self._config.restore_timeout_s)
-        if not found:
+    async def bring_back(self, request: Request, worker: Literal["local", "prefill"]) -> int:
+        """Restore what the tiers have of a prompt, whatever that takes; tokens brought back.
+
+        Raises:
+            OverloadedError: too few blocks now.
+            TimeoutError: it took longer than ``restore_timeout_s``.
+        """
+        keys = self._keys(request, worker)
+        first = self._runtime.engine.held_blocks(keys)
+        blocks = len(self.store.held_run(keys[first:]))
+        if not blocks:
             return 0
-        request = submission.request
-        return await self._runtime.on_engine(
-            lambda engine: engine.adopt_blocks(request, plan.first, blocks[:found], worker=worker)
-        )
+        taken = await self._bring_back(request, worker, keys, first, blocks)
+        self.restored_tokens += taken * self._runtime.engine.layout.block_tokens
+        return taken * self._runtime.engine.layout.block_tokens
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Forget blocks in every tier, and say so."""
+        for tier in self.store.tiers:
+            held = [key for key in keys if key in tier]
+            for key in held:
+                tier.drop(key)
+            if held:
+                self._on_change(_BY_NAME[tier.name], (), held)
+
+    def _keys(self, request: Request, worker: Literal["local", "prefill"]) -> list[bytes]:
+        """Keys of the blocks a prompt may find; the one that holds its last token is always computed."""
+        size = self._runtime.engine.layout.block_tokens
+        namespace = request.namespace if worker == "prefill" else request.wire_namespace
+        slots = elements(request.prompt, request.resume_token_ids)
+        return list(block_keys(namespace, slots, size))[: max(0, len(slots) - 1) // size]
+
+    async def _bring_back(
+        self,
+        request: Request,
+        worker: Literal["local", "prefill"],
+        keys: Sequence[bytes],
+        first: int,
+        blocks: int,
+    ) -> int:
+        size = self._runtime.engine.layout.block_tokens
+        ticket, targets = await self._runtime.on_engine(lambda engine: _begin(engine, request, first + blocks, worker))
+        held = ticket.cached_tokens // size
+        wanted = keys[held : len(ticket.table)]
+        if held < first or not wanted:
+            await self._runtime.on_engine(lambda engine: _end(engine, ticket, targets, 0))
+            return 0
+        if targets is None:
+            # The pool cannot be written from here: read first, and let the engine copy.
+            await self._runtime.on_engine(lambda engine: engine.abort_import(ticket))
+            staged = list(torch.empty(len(wanted), self.store.block_bytes, dtype=torch.uint8).unbind(0))
+            reading = asyncio.to_thread(self.store.read_run, wanted, staged)
+            found = await asyncio.wait_for(reading, self._config.restore_timeout_s)
+            return await self._runtime.on_engine(
+                lambda engine: engine.adopt_blocks(request, held, staged[:found], worker=worker) if found else 0
+            )
+        written = asyncio.ensure_future(self._write(ticket, wanted, targets))
+        self._writing.add(written)
+        written.add_done_callback(self._written)
+        # A request that has waited long enough goes on without its blocks; the thread that writes them does not stop.
+        return await asyncio.wait_for(asyncio.shield(written), self._config.restore_timeout_s)
+
+    async def _write(self, ticket: ImportTicket, keys: Sequence[bytes], targets: Sequence[torch.Tensor]) -> int:
+        """Read blocks straight into the pool and publish those that are intact."""
+        found = 0
+        try:
+            found = await asyncio.to_thread(self.store.read_run, keys, targets)
+        finally:
+            taken = await self._runtime.on_engine(lambda engine: engine.adopt_write_end(ticket, found))
+        return taken
+
+    def _written(self, task: asyncio.Future[int]) -> None:
+        self._writing.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.info("a restore came to nothing: %s", task.exception())
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait for the threads that write into the pool; before the engine stops."""
+        if self._writing:
+            await asyncio.wait(self._writing, timeout=timeout_s)
 
     def stage(self, keys: Sequence[bytes]) -> tuple[KVPool, int] | None:
         """A pool of its own with the leading blocks of ``keys`` that are held, for sending them; None without any."""
@@ -160,3 +306,18 @@ class Tiering:
     def close(self) -> None:
         """End the threads; the file keeps its blocks."""
         self.store.close()
+
+
+def _begin(
+    engine: Engine, request: Request, blocks: int, worker: Literal["local", "prefill"]
+) -> tuple[ImportTicket, list[torch.Tensor] | None]:
+    """Room for a request's first blocks, and the memory of those that are missing if it can be written directly."""
+    ticket = engine.adopt_prefix_begin(request, blocks, worker=worker)
+    return ticket, engine.adopt_write_begin(ticket)
+
+
+def _end(engine: Engine, ticket: ImportTicket, targets: list[torch.Tensor] | None, blocks: int) -> None:
+    if targets is None:
+        engine.abort_import(ticket)
+    else:
+        engine.adopt_write_end(ticket, blocks)

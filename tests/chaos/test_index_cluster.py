@@ -35,7 +35,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def cluster(server: Server) -> Iterator[ServedCluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRISMSERVE_REDIS_URL", server.url)
-        with ServedCluster(["--prefill-replicas", "1", "--decode-replicas", "1"], ready_timeout_s=240) as served:
+        with ServedCluster(
+            ["--prefill-replicas", "1", "--decode-replicas", "1", "--fidelity-share", "0"], ready_timeout_s=240
+        ) as served:
             yield served
 
 

@@ -27,7 +27,7 @@ LONG = {"temperature": 0, "max_tokens": 600, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ServedCluster]:
     """Two of each role, so that somebody is left."""
-    arguments = ["--prefill-replicas", "2", "--decode-replicas", "2"]
+    arguments = ["--prefill-replicas", "2", "--decode-replicas", "2", "--fidelity-share", "0"]
     with ServedCluster(arguments, ready_timeout_s=240) as served:
         yield served
 

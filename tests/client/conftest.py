@@ -25,6 +25,18 @@ WORKER = {
     "stats": {"running": 2, "kv_blocks_total": 100, "kv_blocks_used": 25, "a_counter_of_the_future": 1},
 }
 
+TURBO = {
+    "in_force": "balanced",
+    "held": True,
+    "control": "auto",
+    "since_s": 61.0,
+    "reason": "12 of 20 answers differ, the bound is 0.25",
+    "disagreement_max": 0.25,
+    "disagreed": 0,
+    "compared": 3,
+    "kl_nats": 0.012,
+}
+
 
 @dataclass
 class Failure:
@@ -47,6 +59,8 @@ class Service(pb_grpc.InferenceServicer):
     pause_s: float = 0.0
     finish: bool = True
     status: str = json.dumps({"workers": [WORKER]})
+    fidelity: str = json.dumps({"presets": {"turbo": TURBO}})
+    presets: list[tuple[str, str]] = field(default_factory=list)
     calls: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -92,6 +106,11 @@ class Service(pb_grpc.InferenceServicer):
 
     async def GetStatus(self, request, context):  # noqa: N802
         return pb.GetStatusResponse(json=self.status)
+
+    async def SetPreset(self, request, context):  # noqa: N802
+        await self._fail(context, 0)
+        self.presets.append((request.preset, request.control))
+        return pb.SetPresetResponse(json=self.fidelity)
 
 
 @dataclass

@@ -267,3 +267,16 @@ def test_an_address_that_is_none_is_refused(target) -> None:
 
 def test_usage_has_every_field_of_the_schema() -> None:
     assert {item.name for item in dataclasses.fields(Usage)} == {item.name for item in pb.Usage.DESCRIPTOR.fields}
+
+
+def test_a_preset_is_held_and_its_state_comes_back(server, both) -> None:
+    found = both.call("set_preset", "turbo", "hold")
+    assert server.service.presets == [("turbo", "hold")]
+    assert found["presets"]["turbo"]["in_force"] == "balanced"
+
+
+@pytest.mark.parametrize("document", ["", "[]", "{}", '{"presets": 3}'])
+def test_a_state_of_presets_that_is_none_is_an_error_not_a_crash(server, both, document) -> None:
+    server.service.fidelity = document
+    with pytest.raises(InternalServerError, match="state of the presets"):
+        both.call("set_preset", "turbo", "hold")

@@ -41,6 +41,7 @@ METHODS = {
     "close": ["self"],
     "generate": ["self", "messages", "options"],
     "models": ["self", "timeout_s"],
+    "set_preset": ["self", "preset", "control", "timeout_s"],
     "status": ["self", "timeout_s"],
     "stream": ["self", "messages", "options"],
 }

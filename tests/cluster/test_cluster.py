@@ -24,6 +24,7 @@ import pytest
 
 from prismserve.client import Client
 from prismserve.cluster.served import ServedCluster
+from prismserve.core.cores import visible_cores
 from prismserve.models.reference.scenes import make_scene
 
 pytestmark = pytest.mark.timeout(240)
@@ -34,7 +35,8 @@ SCENE = 10_000_300
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ServedCluster]:
     """Shared by the tests of this file; the last one stops it."""
-    with ServedCluster() as served:
+    # Replays would move the counters that the tests read.
+    with ServedCluster(["--fidelity-share", "0"]) as served:
         yield served
 
 
@@ -99,6 +101,9 @@ def test_the_usage_block_tells_who_did_what(client: openai.OpenAI) -> None:
 
 def test_workers_are_processes_of_their_own(cluster: ServedCluster) -> None:
     workers = status(cluster)["workers"]
+    threads = [worker["stats"]["threads"] for worker in workers]
+    assert min(threads) >= 1
+    assert sum(threads) <= max(len(workers), visible_cores()), "they would fight over the cores"
     assert sorted(worker["role"] for worker in workers) == ["decode", "prefill"]
     assert len({worker["pid"] for worker in workers}) == 2
     for worker in workers:

@@ -12,6 +12,17 @@ from prismserve.compression.base import VisualFeatures
 MakeFeatures = Callable[..., VisualFeatures]
 
 
+class Attention:
+    """What a decoder might answer to ``VisualFeatures.asked``."""
+
+    def __init__(self, tokens: int, question: int) -> None:
+        self._tokens, self._question = tokens, question
+
+    def __call__(self, depth: float, reduction: str) -> torch.Tensor:
+        seed = 7 * self._question + round(100 * depth) + len(reduction)
+        return torch.rand(self._tokens, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture
 def make_features() -> MakeFeatures:
     def make(
@@ -36,6 +47,7 @@ def make_features() -> MakeFeatures:
             keys=torch.randn(count, 3, 4, generator=generator).to(dtype),
             projected=torch.randn(count, 10, generator=generator).to(dtype),
             text=torch.randn(5 + question, 10, generator=asked).to(dtype),
+            asked=Attention(count, question),
             aligned=torch.randn(count, 6, generator=generator).to(dtype),
             aligned_text=torch.randn(1 + question, 6, generator=asked).to(dtype),
         )

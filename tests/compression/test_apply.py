@@ -22,5 +22,5 @@ def test_off_hands_the_tokens_through_bit_for_bit(make_features):
 
 
 def test_an_unknown_method_lists_what_there_is(make_features):
-    with pytest.raises(UnknownMethodError, match="available: cdpruner, cls_topk, "):
+    with pytest.raises(UnknownMethodError, match="available: cdpruner, chatunivi, cls_topk, "):
         apply_visual(make_features(4), MethodSpec("nope"))

@@ -60,7 +60,7 @@ def test_what_is_left_out_comes_from_the_preset_or_the_default(value, default, e
         ({"preset": "visionzip"}, UnknownMethodError, "compression.preset", "available: off, quality, balanced, turbo"),
         ({"visual": 5}, InvalidRequestError, "compression.visual", "a number"),
         ({"visual": [1]}, InvalidRequestError, "compression.visual", "a list"),
-        ({"visual": "nope"}, UnknownMethodError, "compression.visual.method", "cdpruner, cls_topk, "),
+        ({"visual": "nope"}, UnknownMethodError, "compression.visual.method", "cdpruner, chatunivi, cls_topk, "),
         ({"visual": "../base"}, UnknownMethodError, "compression.visual.method", "available"),
         ({"visual": {"method": "_budget"}}, UnknownMethodError, "compression.visual.method", "available"),
         ({"visual": {"method": False}}, InvalidRequestError, "compression.visual.method", "a boolean"),
@@ -152,3 +152,23 @@ def test_any_json_gives_a_plan_or_a_request_error(value):
         assert plan.visual.fingerprint()
         assert plan.wire.fingerprint()
     assert field.split(".")[0] == presets.FIELD
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "preset"),
+    [
+        (None, "turbo", "turbo"),
+        (None, "visionzip", None),
+        ("balanced", "off", "balanced"),
+        ("visionzip", "turbo", None),
+        ({"preset": "turbo"}, "off", "turbo"),
+        ({"preset": "turbo", "visual": None}, "off", "turbo"),
+        ({}, "quality", "quality"),
+        ({"preset": "turbo", "visual": {"keep": 0.125}}, "off", None),
+        ({"visual": "visionzip"}, "turbo", None),
+        ({"wire": "int8"}, "turbo", None),
+    ],
+)
+def test_a_preset_is_asked_for_only_where_nothing_of_it_is_said_otherwise(value, default, preset):
+    presets.resolve(value, default)
+    assert presets.asked(value, default) == preset

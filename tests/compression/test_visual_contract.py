@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from prismserve.compression import loader
-from prismserve.compression.apply import apply_visual
+from prismserve.compression.apply import apply_visual, plan_visual
 from prismserve.compression.base import Need, Share, Stage
 from prismserve.core.errors import EngineError, InvalidRequestError
 
-METHODS = loader.names("visual")
+EVERY = loader.names("visual")
+METHODS = tuple(name for name in EVERY if loader.visual_method(name).training_free)
 REDUCING = tuple(name for name in METHODS if name != "none")
 
 
@@ -22,11 +23,13 @@ def spec_of(name, **params):
 
 def test_the_folder_holds_the_methods_the_presets_and_benchmarks_name():
     controls = {"none", "random", "uniform", "pool", "cls_topk"}
-    image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome"}
-    assert controls | image <= set(METHODS)
+    image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome", "trim"}
+    video = {"chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "vqtoken", "flexselect"}
+    assert controls | image | video <= set(METHODS)
+    assert set(EVERY) - set(METHODS) == {"langdc"}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_declarations_are_complete_and_the_name_is_the_file(name):
     method = loader.visual_method(name)
     assert method.name == name
@@ -37,9 +40,9 @@ def test_declarations_are_complete_and_the_name_is_the_file(name):
     assert method.section
     assert bool(method.source) == (method.section != "control")
     assert isinstance(method.training_free, bool)
-    asks = bool({Need.TEXT_EMBEDDINGS, Need.TEXT_TOWER} & method.needs)
+    asks = bool({Need.TEXT_EMBEDDINGS, Need.TEXT_TOWER, Need.QUESTION_ATTENTION} & method.needs)
     assert method.share is (Share.QUERY if asks else Share.AGNOSTIC)
-    assert method.Config().model_config["frozen"]
+    assert method.Config.model_config["frozen"]
 
 
 @pytest.mark.parametrize("name", REDUCING)
@@ -124,7 +127,7 @@ def test_features_without_direction_are_survived(name, make_features):
 @pytest.mark.parametrize("name", [n for n in METHODS if loader.visual_method(n).needs])
 def test_a_missing_need_is_named(name, make_features):
     method, features = loader.visual_method(name), make_features(50)
-    fields = ("cls_attention", "keys", "projected", "text", "aligned", "aligned_text")
+    fields = ("cls_attention", "keys", "projected", "text", "asked", "aligned", "aligned_text")
     bare = dataclasses.replace(features, **dict.fromkeys(fields))
     with pytest.raises(EngineError, match=name) as caught:
         apply_visual(bare, spec_of(name))
@@ -147,6 +150,7 @@ def test_a_method_uses_only_what_it_needs(name, make_features):
         "keys": Need.ENCODER_KEYS,
         "projected": Need.PROJECTED,
         "text": Need.TEXT_EMBEDDINGS,
+        "asked": Need.QUESTION_ATTENTION,
         "aligned": Need.TEXT_TOWER,
         "aligned_text": Need.TEXT_TOWER,
     }
@@ -168,3 +172,22 @@ def test_a_budget_that_makes_no_sense_is_refused_by_field(name, keep):
     with pytest.raises(InvalidRequestError, match="keep") as caught:
         spec_of(name, keep=keep)
     assert caught.value.field == "compression.visual.keep"
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if not loader.visual_method(n).training_free])
+@pytest.mark.parametrize("params", [{}, {"keep": 5}])
+def test_what_exists_only_as_trained_is_refused_with_the_reason(name, params):
+    with pytest.raises(InvalidRequestError) as caught:
+        spec_of(name, **params)
+    assert caught.value.field.startswith("compression.visual")
+    if not params:
+        assert "needs its own trained weights" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cls_topk", "divprune", "dpp", "random"])
+def test_the_order_of_a_nested_method_says_what_every_smaller_budget_keeps(name, make_features):
+    features = make_features(60)
+    plan = plan_visual(features, spec_of(name, keep=40))
+    for keep in (1, 7, 39):
+        smaller = plan_visual(features, spec_of(name, keep=keep))
+        assert torch.equal(plan.indices[plan.order[:keep]].sort().values, smaller.indices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prismserve.engine import engine as engine_module
+from prismserve.engine import foundation
 from prismserve.engine.config import EngineConfig
 from prismserve.engine.graphs import CudaReplay, DecodeBuffers, batch_sizes, recordable, replay_for, size_for
 from prismserve.engine.pool import KVPool
@@ -31,7 +31,7 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch) -> Calls:
     made = Calls()
-    monkeypatch.setattr(engine_module, "replay_for", lambda *_: made)
+    monkeypatch.setattr(foundation, "replay_for", lambda *_: made)
     return made
 
 

@@ -247,3 +247,48 @@ def test_cancelling_ends_adoptions_too(workshop) -> None:
     assert engine.cancel("a", 0)
     engine.check_integrity()
     assert engine.pool.used_groups == 0
+
+
+def test_blocks_written_straight_into_the_pool_serve_as_those_that_were_copied(workshop) -> None:
+    source, target = workshop.engine(), workshop.engine()
+    first, second = workshop.questions(0)[:2]
+    workshop.answers(source, [workshop.request("a", first, (0,))])
+    request = workshop.request("b", second, (0,), **LONG)
+    keys = block_keys(request.namespace, elements(request.prompt), 16)[:12]
+    ticket = target.adopt_prefix_begin(request, len(keys))
+    views = target.adopt_write_begin(ticket)
+    for key, view in list(zip(keys, views, strict=True))[:10]:
+        assert source.copy_block(key, view) is not None
+    target.check_integrity()
+    # The last two came back damaged, so they are not said to have been written.
+    assert target.adopt_write_end(ticket, 10) == 10
+    assert target.cached_keys() == list(keys[:10])
+    target.check_integrity()
+    target.submit(request, worker="local")
+    outputs = workshop.drive(target)["b"]
+    assert outputs[0].report.cached_tokens == 160
+    expected = workshop.answers(workshop.engine(), [request])["b"]
+    assert [token for item in outputs for token in item.token_ids] == expected
+
+
+def test_a_cancelled_requests_blocks_are_nobodys_while_a_thread_still_writes_them(workshop) -> None:
+    engine = workshop.engine()
+    request = workshop.request("a", workshop.questions(0)[0], (0,))
+    ticket = engine.adopt_prefix_begin(request, 5)
+    assert len(engine.adopt_write_begin(ticket)) == 5
+    engine.cancel("a", 0)
+    engine.abort_import(ticket)
+    engine.check_integrity()
+    assert engine.pool.used_groups == 5
+    assert engine.adopt_write_end(ticket, 5) == 0
+    engine.check_integrity()
+    assert engine.pool.used_groups == 0
+    assert engine.cached_keys() == []
+
+
+def test_a_pool_of_codes_is_not_written_directly(workshop) -> None:
+    engine = workshop.engine(kv_cache_dtype="int8")
+    ticket = engine.adopt_prefix_begin(workshop.request("a", workshop.questions(0)[0], (0,)), 5)
+    assert engine.adopt_write_begin(ticket) is None
+    engine.abort_import(ticket)
+    assert engine.pool.used_groups == 0

@@ -32,6 +32,7 @@ from prismserve.engine.config import EngineConfig
 from prismserve.engine.engine import Engine
 from prismserve.models.loader import load_model
 from prismserve.models.processing import ChatMessage, ImageSlot, Processor, VideoSlot
+from tests.models.vocabulary import chat_template
 from tests.models.zoo import Specimen
 
 NAMESPACE = b"n" * 32
@@ -110,7 +111,8 @@ class Ours:
         media = (*(_media(image) for image in case.images), *(_video(video) for video in case.videos))
         segments: list[TextSegment | MediaSegment] = []
         run: list[int] = []
-        for item in self.processor.render_chat([ChatMessage("user", (*slots, case.question))]):
+        times = {images + i: video.times for i, video in enumerate(case.videos)}
+        for item in self.processor.render_chat([ChatMessage("user", (*slots, case.question))], times):
             if isinstance(item, int):
                 run.append(item)
                 continue
@@ -181,18 +183,25 @@ class VideoPixels:
     What a processor does with them, text and times included, is transformers' own.
     """
 
-    def __init__(self, processor: Processor, images: Any) -> None:
-        """Give pixels as ``processor`` does; patches are those of the image processor."""
+    num_frames = None
+    fps = None
+
+    def __init__(self, processor: Processor, images: Any, name: str) -> None:
+        """Give pixels as ``processor`` does, under ``name``; patches are those of the image processor."""
         self._recipe = processor._video_recipe
+        self._name = name
         self.merge_size = getattr(images, "merge_size", None)
         self.temporal_patch_size = getattr(images, "temporal_patch_size", None)
-        self.model_input_names = ["pixel_values_videos"]
+        self.model_input_names = [name]
 
     def __call__(self, videos: Sequence[np.ndarray[Any, Any]], **options: Any) -> BatchFeature:
         tensors = [self._recipe.tensors(np.asarray(video)) for video in videos]
-        names = {"pixel_values": "pixel_values_videos"}
+        names = {"pixel_values": self._name}
         together = torch.stack if "pixel_values" in tensors[0] else torch.cat
         data = {names.get(name, name): together([item[name] for item in tensors]) for name in tensors[0]}
+        if self._name == "pixel_values":
+            # One sample of several frames each: [videos, frames, ...], as the model takes images.
+            data = {name: tensor.flatten(0, 1) for name, tensor in data.items()}
         return BatchFeature({**data, "video_metadata": options["video_metadata"]})
 
 
@@ -203,30 +212,44 @@ class Theirs:
         """Answer with ``model``; only the pixels of videos are from ``processor``."""
         self.model = model
         self.processor = specimen.processor()
-        self.placeholder = specimen.placeholder
         self.sees = specimen.sees
-        self.video = specimen.video
+        self.shared_name = specimen.video_pixels == "pixel_values"
         self.cases = {name: case for name, case in CASES.items() if specimen.sees or not case.images}
+        if specimen.sees:
+            self.processor.chat_template = chat_template(specimen.placeholder, specimen.video)
         if specimen.video:
-            self.processor.video_processor = VideoPixels(processor, self.processor.image_processor)
+            pixels = VideoPixels(processor, self.processor.image_processor, specimen.video_pixels)
+            self.processor.video_processor = pixels
             self.cases |= VIDEO_CASES
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """What the model takes: transformers' own reading of the rendered chat."""
-        media = self.placeholder * len(case.images) + self.video * len(case.videos)
-        text = f"<|im_start|>user\n{media}{case.question}<|im_end|>\n<|im_start|>assistant"
         if not self.sees:
+            text = f"<|im_start|>user\n{case.question}<|im_end|>\n<|im_start|>assistant"
             return dict(self.processor.tokenizer(text, return_tensors="pt"))
+        media = [{"type": "image"}] * len(case.images) + [{"type": "video"}] * len(case.videos)
+        turn = {"role": "user", "content": [*media, {"type": "text", "text": case.question}]}
+        text = self.processor.apply_chat_template([turn], add_generation_prompt=True)
         videos: dict[str, Any] = {}
         if case.videos:
             metadata = [
-                VideoMetadata(total_num_frames=item.total, fps=item.fps, frames_indices=list(item.indices))
+                VideoMetadata(
+                    total_num_frames=item.total,
+                    fps=item.fps,
+                    duration=item.total / item.fps,
+                    frames_indices=list(item.indices),
+                )
                 for item in case.videos
             ]
             videos = {"videos": [item.frames for item in case.videos], "video_metadata": metadata}
         images = [list(case.images)] if case.images else None
         inputs = dict(self.processor(images=images, text=[text], return_tensors="pt", **videos))
         inputs.pop("video_metadata", None)
+        if images and videos and self.shared_name:
+            # The processor keeps one of two things of the same name; the model takes both, in their order.
+            stills = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"][0]
+            inputs["pixel_values"] = torch.cat((stills, inputs["pixel_values"].flatten(0, 1)))[None]
+            del inputs["pixel_attention_mask"]
         return inputs
 
     def generate(self, case: Case, tokens: int) -> tuple[list[int], torch.Tensor]:

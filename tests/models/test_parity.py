@@ -105,6 +105,19 @@ def test_a_prompt_in_two_chunks_gives_the_logits_of_one(tmp_path, cut):
     torch.testing.assert_close(torch.cat(parts), run(ours, x), **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3-moe"])
+@pytest.mark.parametrize("rows", [[20], [3, 20], []], ids=["last", "two", "none"])
+def test_rows_asked_of_the_last_layer_are_those_of_all(tmp_path, kind, rows):
+    model = load_model(save(text_model(kind), tmp_path), dtype="float32")
+    config, positions, wanted = model.decoder.config, torch.arange(21), torch.tensor(rows, dtype=torch.int64)
+    x, rotary = model.decoder.embed(token_ids(5)), model.decoder.rotary(positions)
+    last = config.layers - 1
+    backends = [DenseBackend(config.layers, config.head_dim**-0.5, config.windows) for _ in range(2)]
+    everything = model.decoder.layer(last, x, rotary, backends[0])
+    some = model.decoder.layer(last, x, rotary, backends[1], wanted)
+    torch.testing.assert_close(some, everything[wanted], atol=1e-6, rtol=1e-5)
+
+
 def test_bfloat16_stays_near_float32(tmp_path):
     directory = save(text_model("llama"), tmp_path)
     exact, rounded = (load_model(directory, dtype=dtype) for dtype in ("float32", "bfloat16"))

@@ -230,3 +230,14 @@ def test_facts_of_the_checkpoint(processor):
 
 def test_ids_beyond_the_vocabulary_decode_to_nothing(processor):
     assert processor.decode([700, *processor.encode_text("red"), 767]) == "red"
+
+
+@pytest.mark.parametrize("size", [(300, 200), (120, 500), (224, 224)])
+def test_the_box_that_is_seen_is_the_one_the_image_processor_cuts_out(processor, size):
+    left, top, right, bottom = processor.seen_box(*size)
+    assert right - left == pytest.approx(min(size)) == pytest.approx(bottom - top)
+    picture = Image.new("RGB", size, (255, 0, 0))
+    picture.paste((0, 0, 255), (round(left), round(top), round(right), round(bottom)))
+    pixels = processor.preprocess(picture).pixels
+    # Red is left only where the cut goes through a pixel.
+    assert float(pixels[0, 4:-4, 4:-4].max()) == pytest.approx(float(pixels[0, 100, 100]))

@@ -78,3 +78,11 @@ def test_spellings_differ_between_instances_and_surrounding_space_is_kept(tokeni
     assert one.guard("<s>") != other.guard("<s>")
     assert one.guard("  \n") == "  \n"
     assert one.guard(" a\n").strip() != one.guard(" a\n")
+
+
+def test_a_placeholder_that_is_no_token_is_hidden_when_typed_and_left_alone_when_written(tokenizer):
+    guarded = GuardedTokenizer(tokenizer, frozenset({"<clip>"}))
+    typed = guarded.guard("the <clip>")
+    assert "<clip>" not in typed
+    plain = tokenizer("the <clip> <clip>", add_special_tokens=False)["input_ids"]
+    assert guarded.encode_rendered(f"{typed} <clip>", add_special_tokens=False) == plain

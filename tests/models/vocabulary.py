@@ -14,6 +14,7 @@ CONTROLS = [
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
     *(f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)),
+    *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
 ]
 ID = {text: number for number, text in enumerate(CONTROLS)}
 SIZE = 384

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,11 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     MixtralConfig,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -53,6 +57,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.pixtral import image_processing_pil_pixtral
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
@@ -87,13 +93,20 @@ VISION = {
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
 
 
+# Its processor takes a helper from the module that needs torchvision; Pillow's has the same one.
+sys.modules["transformers.models.pixtral.image_processing_pixtral"] = image_processing_pil_pixtral
+from transformers.models.pixtral.processing_pixtral import PixtralProcessor  # noqa: E402 - after its substitute
+
+del sys.modules["transformers.models.pixtral.image_processing_pixtral"]
+
+
 def without_video(processor_class: Any) -> Any:
     """A processor class that can be made where the libraries for reading video files are absent."""
     return type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda *_: None})
 
 
 # Spells out numbers of frames in prompts with videos; missing, it would keep the processor from reading images too.
-processing_smolvlm.num2words = str
+processing_smolvlm.num2words = {2: "two", 3: "three", 5: "five"}.__getitem__
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,7 @@ class Specimen:
         hub_key: a current key to the hub's older layout, where there is one.
         sees: whether it takes images.
         video: what its chat template writes for a video, if it takes any.
+        video_pixels: the name its model takes pixels of frames under.
     """
 
     model: Callable[[int], Any]
@@ -115,6 +129,7 @@ class Specimen:
     hub_key: Callable[[str], str] | None = None
     sees: bool = True
     video: str = ""
+    video_pixels: str = "pixel_values_videos"
 
     def save(self, directory: Path, seed: int = 0, *, older: bool = False, shards: int = 1) -> Any:
         """Write the checkpoint; returns transformers' model."""
@@ -307,6 +322,25 @@ def _gemma_processor() -> Gemma3Processor:
     return Gemma3Processor(images, small_tokenizer("<image_soft_token>"), image_seq_length=4)
 
 
+def _mistral_key(key: str) -> str:
+    return _llava_key(key).replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
+def _mistral_config() -> Mistral3Config:
+    vision = PixtralVisionConfig(**{**VISION, "image_size": 64})
+    return Mistral3Config(
+        vision_config=vision,
+        text_config=MistralConfig(**TEXT, head_dim=16, sliding_window=None),
+        image_token_id=ID["[IMG]"],
+        tie_word_embeddings=False,
+    )
+
+
+def _mistral_processor() -> PixtralProcessor:
+    images = PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
+    return PixtralProcessor(images, small_tokenizer("[IMG]"), patch_size=8, spatial_merge_size=2)
+
+
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -345,6 +379,8 @@ SPECIMENS = {
     "smolvlm": Specimen(
         _model(SmolVLMForConditionalGeneration, lambda: _idefics_config(SmolVLMConfig)),
         lambda: _idefics_processor(without_video(SmolVLMProcessor), SmolVLMImageProcessorPil, video_processor=None),
+        video="<video>",
+        video_pixels="pixel_values",
     ),
     "internvl": Specimen(
         _model(InternVLForConditionalGeneration, _internvl_config),
@@ -372,6 +408,12 @@ SPECIMENS = {
         lambda: _qwen_processor(Qwen3VLProcessor),
         _QWEN_IMAGE,
         video=_QWEN_VIDEO,
+    ),
+    "mistral3": Specimen(
+        _model(Mistral3ForConditionalGeneration, _mistral_config),
+        _mistral_processor,
+        "[IMG]",
+        hub_key=_mistral_key,
     ),
     "gemma3": Specimen(
         _model(Gemma3ForConditionalGeneration, _gemma_config),

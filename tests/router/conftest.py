@@ -11,12 +11,15 @@ from prismserve.kv_transfer.index.memory import MemoryIndex, MemoryStore
 from prismserve.models.processing import Processor
 from prismserve.models.reference import reference_path
 from prismserve.router.config import RouterConfig
+from prismserve.router.fidelity.config import FidelityConfig
 from prismserve.router.requests import ModelFacts
 from prismserve.router.servers import FrontDoors
 from prismserve.router.service import RouterService
 from tests.router.scripted import LAYOUT, MODEL, Fabric, Script, ScriptedWorker
 
 ANSWER = "the red circle is left of the blue square"
+NO_REPLAYS = FidelityConfig(share=0)
+"""Tests read what workers were sent; replays would be among it."""
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +55,7 @@ async def start_cluster(processor, facts, answer_ids):
     """Starts routers and scripted workers on loopback; everything ends with the test."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(roles=("prefill", "decode"), script=None, tenants=None, **config):
+        async def start(roles=("prefill", "decode"), script=None, tenants=None, fidelity=NO_REPLAYS, **config):
             store, fabric = MemoryStore(), Fabric()
             workers = {}
 
@@ -69,7 +72,7 @@ async def start_cluster(processor, facts, answer_ids):
             index = MemoryIndex(store)
             stack.push_async_callback(index.close)
             settings = RouterConfig(reconcile_interval_s=0.02, stop_timeout_s=1.0, **config)
-            service = RouterService(processor, facts, index, settings, tenants=tenants)
+            service = RouterService(processor, facts, index, settings, tenants=tenants, fidelity=fidelity)
             await service.start()
             stack.push_async_callback(service.stop)
             doors = FrontDoors(service)

@@ -22,6 +22,7 @@ from prismserve.core.types import (
 )
 from prismserve.protocol import worker_pb2 as pb
 from prismserve.protocol import worker_pb2_grpc as rpc
+from prismserve.protocol.channel import SERVER_OPTIONS
 from prismserve.protocol.convert import stats_to_proto, token_output_to_proto
 
 LAYOUT = KVLayout("float32", 6, 2, 64, 16)
@@ -53,17 +54,21 @@ class Script:
     token_ids: the whole answer; a resumed request gets the rest of it.
     die_at: end the stream abruptly after this many tokens of the whole answer.
     fail: error text sent instead of tokens.
+    fail_job: the one job that fails with it; every job if None.
     pause_s: before each token.
+    explanation: what is said when one is asked for.
     Log-probabilities, if asked for, are -0.5 for the token and -0.5, -1.5, ... for it and the tokens after it.
     """
 
     token_ids: tuple = ()
     die_at: int | None = None
     fail: str | None = None
+    fail_job: int | None = None
     pause_s: float = 0.0
     answers: tuple = ()  # of one request after another, in place of token_ids
     finish: FinishReason = FinishReason.STOP
     silent: bool = False
+    explanation: pb.ExplainReply = field(default_factory=pb.ExplainReply)
 
 
 def _logprobs(token, sampling):
@@ -77,7 +82,7 @@ class ScriptedWorker(rpc.WorkerServicer):
     def __init__(self, worker_id, role, script, fabric, index):
         self.worker_id, self.role, self.script = worker_id, role, script
         self.fabric, self.index = fabric, index
-        self.submits, self.cancels = [], []
+        self.submits, self.cancels, self.explained = [], [], []
         self.sessions = 0
         self.epoch = 0
         self.server = None
@@ -85,7 +90,7 @@ class ScriptedWorker(rpc.WorkerServicer):
         self._numbers = {}
 
     async def start(self):
-        self.server = grpc.aio.server(options=[("grpc.max_receive_message_length", 128 << 20)])
+        self.server = grpc.aio.server(options=list(SERVER_OPTIONS))
         rpc.add_WorkerServicer_to_server(self, self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
@@ -123,6 +128,14 @@ class ScriptedWorker(rpc.WorkerServicer):
                 task.cancel()
             await asyncio.gather(reader, *self._running.values(), return_exceptions=True)
 
+    async def Explain(self, request, context):  # noqa: N802 - the name in the schema
+        self.explained.append(request.request)
+        if self.script.fail is not None:
+            return pb.ExplainReply(refusal=self.script.fail)
+        if self.script.silent:
+            await asyncio.sleep(60)
+        return self.script.explanation
+
     async def _read(self, requests, out):
         async for message in requests:
             if message.WhichOneof("body") == "cancel":
@@ -138,7 +151,7 @@ class ScriptedWorker(rpc.WorkerServicer):
 
     async def _serve(self, submit, key, out):
         script = self.script
-        if script.fail is not None:
+        if script.fail is not None and script.fail_job in (None, submit.job):
             await self._emit(out, TokenOutput(*key, (), FinishReason.ERROR, script.fail))
             return
         if script.silent:

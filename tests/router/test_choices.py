@@ -17,7 +17,7 @@ from tests.router.test_usage import usage
 
 def prepared():
     request = Request("r", 0, b"n" * 32, b"n" * 32, Prompt((TextSegment((1,)),)), (), SamplingParams(seed=5), None)
-    return Prepared(request, (), (), 0)
+    return Prepared(request, (), ())
 
 
 @dataclass

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from prismserve.core.types import FinishReason
+from prismserve.protocol import worker_pb2 as pb
 from tests.router.conftest import ANSWER
 from tests.router.scripted import Script, png
 
@@ -197,6 +198,18 @@ async def test_a_retryable_prefill_failure_moves_to_another_prefill_worker(start
     assert body["choices"][0]["message"]["content"] == ANSWER
     assert body["usage"]["prismserve"]["prefill_worker"] == "prefill-1"
     assert cluster.workers["decode-2"].cancels
+
+
+@pytest.mark.parametrize("others", [(), ("decode",)])
+async def test_a_decode_worker_that_waits_in_vain_for_kv_is_not_paired_with_that_sender_again(start_cluster, others):
+    cluster = await start_cluster(("prefill", "decode", *others))
+    for name in ("decode-1", "decode-2")[: 1 + len(others)]:
+        cluster.workers[name].script.fail = "retryable: no KV arrived in time"
+        cluster.workers[name].script.fail_job = pb.JOB_DECODE
+    body = (await cluster.http.post(PATH, json=question())).json()
+    assert body["choices"][0]["message"]["content"] == ANSWER
+    assert body["usage"]["prismserve"]["attempts"] == 2
+    assert len(cluster.workers["prefill-0"].submits) == 1
 
 
 @pytest.mark.parametrize(

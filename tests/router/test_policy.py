@@ -6,6 +6,9 @@ import pytest
 
 from prismserve.core.errors import WorkerUnavailableError
 from prismserve.core.types import Role, WorkerInfo, WorkerState, WorkerStats
+from prismserve.kv_transfer.costs import ImageNeed, Rates, Way
+from prismserve.kv_transfer.index.mirror import PrefixMatch
+from prismserve.kv_transfer.latency import PrefillCurve
 from prismserve.router import policy
 from prismserve.router.config import RouterConfig
 from prismserve.router.policy import CacheView, LoadView, RequestView, cached_tokens, place
@@ -23,8 +26,14 @@ def workers(*names):
     return [worker(name) for name in names]
 
 
-def view(prompt=400, media_end=0, images=0):
-    return RequestView(prompt, media_end, 16, images)
+def view(prompt=400, media_end=0, images=0, **more):
+    """A request whose images share its first ``media_end`` slots equally."""
+    ends = [media_end * (number + 1) // images for number in range(images)]
+    return RequestView(prompt, 16, tuple(ImageNeed(end, 196) for end in ends), block_bytes=98_304, **more)
+
+
+def held(blocks):
+    return {name: PrefixMatch(device_blocks=count, ready_blocks=count) for name, count in blocks.items()}
 
 
 def decide(names, request=None, cache=None, load=None, config=CONFIG):
@@ -44,11 +53,18 @@ def decide(names, request=None, cache=None, load=None, config=CONFIG):
         (("p1", "d1"), view(prompt=32), None, "d1", None, policy.LOCAL_SHORT),
         (("p1", "d1"), view(prompt=33), None, "d1", "p1", policy.DISAGGREGATED),
         (("p1", "d1"), view(prompt=32, media_end=20, images=1), None, "d1", "p1", policy.DISAGGREGATED),
-        (("p1", "d1"), view(), CacheView(wire={"d1": 24}), "d1", None, policy.LOCAL_PREFIX),
-        (("p1", "d1"), view(), CacheView(wire={"d1": 20}), "d1", "p1", policy.DISAGGREGATED),
-        (("p1", "d1"), view(media_end=390, images=1), CacheView(wire={"d1": 24}), "d1", "p1", policy.DISAGGREGATED),
-        (("p1", "d1", "d2"), view(), CacheView(wire={"d2": 5}), "d2", "p1", policy.DISAGGREGATED),
-        (("p1", "p2", "d1"), view(), CacheView(exact={"p2": 5}), "d1", "p2", policy.DISAGGREGATED),
+        (("p1", "d1"), view(), CacheView(wire=held({"d1": 24})), "d1", None, policy.LOCAL_PREFIX),
+        (("p1", "d1"), view(), CacheView(wire=held({"d1": 20})), "d1", "p1", policy.DISAGGREGATED),
+        (
+            ("p1", "d1"),
+            view(media_end=390, images=1),
+            CacheView(wire=held({"d1": 24})),
+            "d1",
+            "p1",
+            policy.DISAGGREGATED,
+        ),
+        (("p1", "d1", "d2"), view(), CacheView(wire=held({"d2": 5})), "d2", "p1", policy.DISAGGREGATED),
+        (("p1", "p2", "d1"), view(), CacheView(exact=held({"p2": 5})), "d1", "p2", policy.DISAGGREGATED),
         (
             ("p1", "p2", "d1"),
             view(media_end=200, images=1),
@@ -77,8 +93,8 @@ def test_workers_that_are_not_ready_get_nothing(state):
 
 def test_load_outweighs_a_small_prefix_but_not_a_large_one():
     load = LoadView(in_flight={"d1": 1})
-    assert decide(("p1", "d1", "d2"), cache=CacheView(wire={"d1": 5}), load=load).decode_worker == "d2"
-    assert decide(("p1", "d1", "d2"), cache=CacheView(wire={"d1": 20}), load=load).decode_worker == "d1"
+    assert decide(("p1", "d1", "d2"), cache=CacheView(wire=held({"d1": 5})), load=load).decode_worker == "d2"
+    assert decide(("p1", "d1", "d2"), cache=CacheView(wire=held({"d1": 20})), load=load).decode_worker == "d1"
 
 
 def test_load_is_the_larger_of_what_we_sent_and_what_the_worker_says():
@@ -90,7 +106,7 @@ def test_load_is_the_larger_of_what_we_sent_and_what_the_worker_says():
 
 def test_a_full_decode_worker_is_avoided_even_with_the_prefix():
     load = LoadView({"d1": WorkerStats(kv_blocks_total=100, kv_blocks_used=95)})
-    assert decide(("p1", "d1", "d2"), cache=CacheView(wire={"d1": 24}), load=load).decode_worker == "d2"
+    assert decide(("p1", "d1", "d2"), cache=CacheView(wire=held({"d1": 24})), load=load).decode_worker == "d2"
 
 
 def test_workers_without_a_common_transport_are_not_paired():
@@ -101,16 +117,16 @@ def test_workers_without_a_common_transport_are_not_paired():
 def test_blocks_are_pulled_from_the_largest_holder_when_it_pays():
     found = workers("p1", "p2", "p3", "d1")
     load = LoadView(in_flight={"p2": 9, "p3": 9})
-    cache = CacheView(exact={"p1": 2, "p2": 8, "p3": 20})
+    cache = CacheView(exact=held({"p1": 2, "p2": 8, "p3": 20}))
     decision = decide(found, cache=cache, load=load)
     assert (decision.prefill_worker, decision.pull_from, decision.pull_blocks) == ("p1", "p3", 20)
-    little = decide(found, cache=CacheView(exact={"p1": 2, "p2": 3}), load=load)
+    little = decide(found, cache=CacheView(exact=held({"p1": 2, "p2": 3})), load=load)
     assert little.pull_from is None
 
 
 def test_a_draining_worker_still_lends_its_blocks():
     found = [worker("p1"), worker("p2", WorkerState.DRAINING), worker("d1")]
-    assert decide(found, cache=CacheView(exact={"p2": 10})).pull_from == "p2"
+    assert decide(found, cache=CacheView(exact=held({"p2": 10}))).pull_from == "p2"
 
 
 def test_embedding_holders_leave_out_the_prefill_worker_and_the_unreachable():
@@ -136,3 +152,88 @@ def test_an_excluded_state_changes_nothing_for_others():
     found = workers("p1", "d1")
     lost = dataclasses.replace(worker("d0"), state=WorkerState.LOST)
     assert decide([lost, *found]) == decide(found)
+
+
+FAST_D = Rates(curve=PrefillCurve(token_s=1e-3), links={("p1", "d1"): 1e6})
+
+
+def cost_decide(load=None, config=None, rates=FAST_D, wire_bytes=100_000, **more):
+    settings = CONFIG.model_copy(update={"local_prefill": "cost", **(config or {})})
+    return place(
+        view(100, wire_bytes=wire_bytes, layers=10, **more),
+        workers("p1", "d1"),
+        CacheView(),
+        load or LoadView(),
+        settings,
+        rates,
+    )
+
+
+def test_a_decode_worker_prefills_by_itself_where_that_is_predicted_to_be_faster():
+    decision = cost_decide()
+    assert (decision.prefill_worker, decision.reason) == (None, policy.LOCAL_FASTER)
+    # 1 ms + 100 tokens, against the same, 10 ms of the last layer's bytes and 3 ms of a handoff.
+    assert decision.prediction.total_s == pytest.approx(0.101)
+    assert decision.prediction.other_s == pytest.approx(0.114)
+    assert cost_decide(config={"local_prefill": "short"}).reason == policy.DISAGGREGATED
+
+
+def test_answers_being_written_at_the_decode_worker_are_not_held_up_for_little():
+    busy = LoadView({"d1": WorkerStats(running=1)})
+    assert cost_decide(busy).reason == policy.DISAGGREGATED
+    assert cost_decide(busy, config={"stall_cost": 0.0, "load_cost_tokens": 0}).reason == policy.LOCAL_FASTER
+
+
+def test_a_long_queue_at_the_prefill_workers_lets_the_decode_worker_help():
+    fast_link = Rates(
+        curve=PrefillCurve(token_s=1e-3), curves={"d1": PrefillCurve(token_s=2e-3)}, links={("p1", "d1"): 1e9}
+    )
+    assert cost_decide(rates=fast_link).reason == policy.DISAGGREGATED
+    queue = LoadView(in_flight={"p1": 1})
+    assert cost_decide(queue, rates=fast_link).reason == policy.LOCAL_FASTER
+
+
+def test_nothing_is_compressed_harder_unless_it_may_be_and_pays():
+    short = {"local_prefill": "short"}
+    slow, fast = FAST_D, Rates(curve=PrefillCurve(token_s=1e-3), links={("p1", "d1"): 1e9})
+    assert not cost_decide(config=short, wire_bytes=1_000_000).compress_harder
+    may = cost_decide(config=short, wire_bytes=1_000_000, harder_wire_bytes=250_000, rates=slow)
+    # 1 MB at 1 MB/s is 0.91 s beyond the prefill, a quarter of it 0.16 s.
+    assert (may.compress_harder, may.prediction.ways[-1]) == (True, Way.COMPRESS_HARDER)
+    assert may.prediction.transfer_s == pytest.approx(0.16)
+    assert not cost_decide(config=short, wire_bytes=1_000_000, harder_wire_bytes=250_000, rates=fast).compress_harder
+
+
+def test_an_own_disk_that_is_slower_than_a_peer_is_not_read():
+    cache = CacheView(exact={"p1": PrefixMatch(disk_blocks=20), "p2": PrefixMatch(20, ready_blocks=20)})
+    busy = LoadView(in_flight={"p2": 9})
+    slow_disk = Rates(tiers={("p1", "disk"): 1e7})
+    decision = place(view(), workers("p1", "p2", "d1"), cache, busy, CONFIG, slow_disk)
+    assert (decision.prefill_worker, decision.pull_from, decision.restore) == ("p1", "p2", False)
+    fast_disk = Rates(tiers={("p1", "disk"): 1e10})
+    decision = place(view(), workers("p1", "p2", "d1"), cache, busy, CONFIG, fast_disk)
+    assert (decision.prefill_worker, decision.pull_from, decision.restore) == ("p1", None, True)
+
+
+def test_a_faster_worker_is_worth_a_short_queue():
+    speeds = Rates(curves={"p1": PrefillCurve(token_s=1e-2), "p2": PrefillCurve(token_s=1e-3)})
+    load = LoadView(in_flight={"p2": 1})
+    assert place(view(), workers("p1", "p2", "d1"), CacheView(), load, CONFIG, speeds).prefill_worker == "p2"
+
+
+def test_among_workers_that_prefill_for_themselves_an_idle_one_pulls_from_a_busy_holder():
+    load, cache = LoadView(in_flight={"m1": 1}), CacheView(wire=held({"m1": 20}))
+    decision = decide(("m1", "m2"), cache=cache, load=load)
+    assert (decision.decode_worker, decision.pull_from, decision.pull_blocks) == ("m2", "m1", 20)
+    slow = Rates(links={("m1", "m2"): 1e6})
+    decision = place(view(), workers("m1", "m2"), cache, load, CONFIG, slow)
+    assert (decision.decode_worker, decision.pull_from) == ("m1", None)
+
+
+def test_a_busy_worker_that_has_the_image_is_better_than_encoding_it_again():
+    load = LoadView(in_flight={"m1": 1})
+    request = view(media_end=390, images=1)
+    here = CacheView(wire=held({"m1": 24}), images=(("m1",),))
+    slow = Rates(links={("m1", "m2"): 1e6}, encode_default_s=1.0)
+    assert place(request, workers("m1", "m2"), here, load, CONFIG, slow).decode_worker == "m1"
+    assert place(request, workers("m1", "m2"), CacheView(images=((),)), load, CONFIG, slow).decode_worker == "m2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
@@ -92,3 +93,67 @@ async def test_a_method_that_does_not_is_shared_by_all_questions(build):
     first, other = (next(request.prompt.media_segments()).key for request in asked)
     assert first == other
     assert not asked[0].scoring_token_ids
+
+
+@pytest.fixture
+def builder(processor, facts):
+    config = RouterConfig()
+    media = MediaReader(config)
+    made = RequestBuilder(
+        processor, facts, config, media, "off", lambda preset: "balanced" if preset == "turbo" else preset
+    )
+    yield made
+    made.close()
+    media.close()
+
+
+def asked(compression, **options):
+    return Call(
+        {"temperature": 0.7, "seed": 3, **options},
+        messages=(ChatMessage("user", (ImageSlot(0), "What is left?")),),
+        media=(ImageSource(png(0), "image"),),
+        compression=compression,
+    )
+
+
+def slim(call):
+    return dataclasses.replace(call, options={}, media=(), compression=None)
+
+
+@pytest.mark.parametrize("compression", ["quality", "cdpruner", {"visual": "prism", "prefill": "fastv"}])
+async def test_a_request_built_again_has_the_keys_and_namespaces_it_had_and_is_greedy(builder, compression):
+    call = asked(compression, max_tokens=40)
+    first = await builder.build(call)
+    again = await builder.again(slim(call), first, None, 32)
+    assert (again.keys, again.wire_keys, again.image_keys) == (first.keys, first.wire_keys, first.image_keys)
+    assert again.request.prompt == first.request.prompt
+    assert again.request.scoring_token_ids == first.request.scoring_token_ids
+    assert again.request.request_id != first.request.request_id
+    sampling = again.request.sampling
+    assert (sampling.temperature, sampling.max_tokens, sampling.logprobs) == (0.0, 32, 20)
+
+
+async def test_a_request_built_again_under_off_is_what_off_would_have_been(builder):
+    call = asked("cdpruner", max_tokens=5)
+    again = await builder.again(slim(call), await builder.build(call), "off", 32)
+    exact = await builder.build(dataclasses.replace(call, compression="off"))
+    assert (again.keys, again.image_keys, again.request.namespace) == (
+        exact.keys,
+        exact.image_keys,
+        exact.request.namespace,
+    )
+    assert again.request.sampling.max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("compression", "served", "told"),
+    [
+        ("turbo", "balanced", "turbo"),
+        ({"preset": "turbo"}, "balanced", "turbo"),
+        ({"preset": "turbo", "visual": {"keep": 0.125}}, "turbo", ""),
+        ("quality", "quality", ""),
+    ],
+)
+async def test_a_milder_preset_is_served_only_in_place_of_one_that_was_named_alone(builder, compression, served, told):
+    prepared = await builder.build(asked(compression))
+    assert (prepared.request.compression.preset, prepared.preset_asked) == (served, told)

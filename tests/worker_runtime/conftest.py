@@ -24,6 +24,7 @@ from prismserve.models.reference.scenes import make_scene
 from prismserve.prefill_workers.role import attach as attach_prefill
 from prismserve.router.calls import Call
 from prismserve.router.config import RouterConfig
+from prismserve.router.fidelity.config import FidelityConfig
 from prismserve.router.generation import Finished, TextDelta
 from prismserve.router.media import ImageSource
 from prismserve.router.requests import ModelFacts
@@ -87,12 +88,17 @@ class World:
         path = reference_path()
         info = inspect_checkpoint(path)
         fingerprint = model_fingerprint(path, "float32")
-        kv_format = changes.pop("kv_format", "plain")
+        kv_format, fidelity = changes.pop("kv_format", "plain"), changes.pop("fidelity", FidelityConfig(share=0))
         layout = KVLayout("float32", info.layers, info.kv_heads, info.head_dim, 16, kv_format=kv_format)
         facts = ModelFacts("reference", fingerprint, encoder_fingerprint(fingerprint), layout, info.max_model_len)
         self.index = await open_index(self.url, self.cluster)
         self.router = RouterService(
-            Processor.from_directory(path), facts, self.index, RouterConfig(**changes), cluster_secret=SECRET
+            Processor.from_directory(path),
+            facts,
+            self.index,
+            RouterConfig(**changes),
+            cluster_secret=SECRET,
+            fidelity=fidelity,
         )
         await self.router.start()
         assert await self.router.wait_ready(20)

@@ -21,7 +21,7 @@ async def world(open_world: Callable[[], Any]) -> AsyncIterator[Any]:
     made = open_world()
     await made.add(Role.MIXED)
     await made.add(Role.MIXED)
-    await made.open_router()
+    await made.open_router(measured_costs=False)
     await made.wait_connected(2)
     yield made
 

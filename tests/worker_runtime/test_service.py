@@ -121,9 +121,15 @@ async def test_a_push_for_another_epoch_or_layout_is_refused(worker: Any, stub: 
     reply = await stub.Push(message, metadata=secret_metadata(SECRET))
     assert not reply.found
     assert "epoch" in reply.refusal
-    message = pb.PushRequest(source_epoch=worker.info.epoch, layout_fingerprint=bytes(32), embedding_key=bytes(32))
+    message = pb.PushRequest(
+        source_epoch=worker.info.epoch,
+        target_worker=worker.info.worker_id,
+        target_epoch=worker.info.epoch,
+        layout_fingerprint=bytes(32),
+        embedding_key=bytes(32),
+    )
     reply = await stub.Push(message, metadata=secret_metadata(SECRET))
-    assert "layouts" in reply.refusal
+    assert "another KV layout than it is registered with" in reply.refusal
 
 
 async def test_a_push_to_a_worker_the_registry_does_not_know_is_refused(worker: Any, stub: WorkerStub) -> None:
@@ -141,5 +147,7 @@ async def test_a_push_to_a_worker_the_registry_does_not_know_is_refused(worker: 
 
 async def test_stats_name_every_field_of_the_record(worker: Any) -> None:
     assert set(worker.stats_message().stats.values) == {
-        field.name for field in dataclasses.fields(worker.stats()) if field.name != "worker_id"
+        field.name
+        for field in dataclasses.fields(worker.stats())
+        if field.name not in {"worker_id", "link_bytes_per_s"}
     }

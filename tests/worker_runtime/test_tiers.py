@@ -24,7 +24,7 @@ async def world(open_world: Callable[[], Any], tmp_path_factory: Any) -> AsyncIt
     folder = tmp_path_factory.mktemp("tier")
     made.tiers = TierConfig(host_bytes=64 << 20, disk_path=str(folder), disk_bytes=32 << 20)
     await made.add(Role.MIXED, tiers=made.tiers)
-    await made.open_router()
+    await made.open_router(measured_costs=False)
     yield made
 
 
@@ -85,7 +85,7 @@ async def test_a_restarted_worker_finds_the_blocks_of_the_one_before(open_world:
     world = open_world()
     tiers = TierConfig(host_bytes=0, disk_path=str(tmp_path), disk_bytes=32 << 20)
     first = await world.add(Role.MIXED, tiers=tiers)
-    await world.open_router()
+    await world.open_router(measured_costs=False)
     before = await world.ask(SCENE + 2, QUESTION)
     await settled(first)
     world.workers.remove(first)
@@ -97,12 +97,13 @@ async def test_a_restarted_worker_finds_the_blocks_of_the_one_before(open_world:
     assert second.tiering.restored_tokens >= 192
 
 
-async def test_a_peer_is_sent_what_lies_in_host_memory(open_world: Any) -> None:
+async def test_a_peer_is_sent_blocks_and_images_that_lie_in_host_memory(open_world: Any) -> None:
     world = open_world()
     tiers = TierConfig(host_bytes=64 << 20)
     holder = await world.add(Role.MIXED, tiers=tiers)
-    await world.open_router()
+    await world.open_router(measured_costs=False)
     before = await world.ask(SCENE + 3, QUESTION)
+    await world.ask(SCENE + 5, QUESTION)
     await settled(holder)
     await forget_device(holder)
     other = await world.add(Role.MIXED, tiers=tiers)
@@ -117,3 +118,27 @@ async def test_a_peer_is_sent_what_lies_in_host_memory(open_world: Any) -> None:
     assert after.usage.decode_worker == other.info.worker_id
     assert after.token_ids == before.token_ids
     assert other.exchange.counters.fetched_blocks >= 12
+    # Under another codec only the image can be used.
+    fetched, encoded = other.exchange.counters.fetched_embeddings, other.engine.stats().encoded_images
+    image = await world.ask(SCENE + 5, QUESTION, {"wire": {"codec": "int8"}})
+    assert image.usage.images_cached == 1
+    assert other.engine.stats().encoded_images == encoded
+    assert other.exchange.counters.fetched_embeddings == fetched + 1
+
+
+async def test_an_image_that_left_the_device_is_restored_not_encoded(world: Any) -> None:
+    (worker,) = world.workers
+    await world.ask(SCENE + 4, QUESTION)
+    await settled(worker)
+    await forget_device(worker)
+    encoded, restored = worker.engine.stats().encoded_images, worker.stats().tier_restored_images
+    # Under another codec the blocks are others, and the image is the same.
+    answer = await world.ask(SCENE + 4, QUESTION, {"wire": {"codec": "int8"}})
+    assert worker.stats().tier_restored_images == restored + 1
+    assert worker.engine.stats().encoded_images == encoded
+    assert answer.usage.images_cached == 1
+    worker.engine.image_cache.clear()
+    worker.tiering._config = worker.tiering._config.model_copy(update={"images": False})
+    plain = await world.ask(SCENE + 4, "How many shapes are there?", {"wire": {"codec": "int4"}})
+    assert worker.engine.stats().encoded_images == encoded + 1
+    assert plain.usage.images_cached == 0

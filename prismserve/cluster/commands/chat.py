@@ -116,7 +116,9 @@ def _converse(client: Client, args: argparse.Namespace, images: Sequence[str], q
 
 def usage_text(usage: Usage) -> str:
     """What an answer cost, in a few lines."""
-    compression = json.loads(usage.compression)["preset"] if usage.compression.startswith("{") else usage.compression
+    plan = json.loads(usage.compression) if usage.compression.startswith("{") else {"preset": usage.compression}
+    asked = plan.get("stepped_back_from")
+    compression = f"{plan['preset']}, in place of {asked}" if asked else plan["preset"]
     sent = f"{usage.kv_bytes_sent / 1024:.1f} KiB by {usage.transport}" if usage.kv_bytes_sent else "none"
     visual = f"{usage.visual_tokens_before} before, {usage.visual_tokens_after} after compression"
     kv = f"{usage.kv_bytes_before / 1024:.1f} KiB before, {usage.kv_bytes_after / 1024:.1f} KiB after"

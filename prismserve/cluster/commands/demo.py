@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     import openai
     from PIL.Image import Image
 
-SERVE: Final = ("--model", "reference", "--prefill-replicas", "1", "--decode-replicas", "1")
+SERVE: Final = (
+    *("--model", "reference", "--prefill-replicas", "1", "--decode-replicas", "1"),
+    # Replays would move the counters that are shown.
+    *("--fidelity-share", "0"),
+)
 RIGHT_SHARE_MIN: Final = 0.8
 _ANSWER_TOKENS_MAX: Final = 32
 _ASK_TIMEOUT_S: Final = 30.0

@@ -3,32 +3,67 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
+from prismserve.core.errors import PrismServeError
+
 if TYPE_CHECKING:
     import argparse
 
+_WIDTH: Final = 160
 STAGES: Final = ("visual", "prefill", "codec")
+_LAYERS: Final = 32
+"""Of the decoder whose cuts say what a prefill method needs; only their number depends on it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = __doc__
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="checkpoint directory or hub name: say whether the weights that methods need beside it are there",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list, with sources and parameters")
 
 
-def listed() -> list[dict[str, Any]]:
-    """One entry per method, by stage and name, as the methods declare it."""
+def listed(model: str | None = None) -> list[dict[str, Any]]:
+    """One entry per method, by stage and name, as the methods declare it.
+
+    Args:
+        model: whose directory is looked into for further weights; None says only what is needed.
+
+    Raises:
+        ModelLoadError: the model cannot be read.
+    """
     from prismserve.compression import loader  # torch comes with it
 
-    finders = {"visual": loader.visual_method, "prefill": loader.prefill_method, "codec": loader.codec}
-    return [_entry(finders[stage](name)) for stage in STAGES for name in loader.names(stage)]
+    tower = None if model is None else _has_text_tower(model)
+    return [_entry(loader.method_of(stage, name), tower) for stage in STAGES for name in loader.names(stage)]
 
 
-def _entry(method: Any) -> dict[str, Any]:
+def _has_text_tower(model: str) -> bool:
+    """Whether a text tower lies beside a model, and so is loaded with it."""
+    from prismserve.models.processing import Processor
+    from prismserve.models.source import resolve_model
+
+    return Processor.from_directory(resolve_model(model)).text_tower is not None
+
+
+def _weights(method: Any, tower: bool | None) -> str:  # noqa: FBT001 - three answers
+    """Whether a method has the weights it needs: its own, or a text tower beside the model's."""
+    if not method.training_free:
+        return "not loaded"
+    if "text_tower" not in {str(need) for need in getattr(method, "needs", ())}:
+        return "none needed"
+    return "beside the model" if tower is None else "loaded" if tower else "not loaded"
+
+
+def _entry(method: Any, tower: bool | None) -> dict[str, Any]:  # noqa: FBT001 - three answers
     share = getattr(method, "share", None)
     parameters = {name: field.default for name, field in method.Config.model_fields.items()}
     return {
@@ -37,17 +72,32 @@ def _entry(method: Any) -> dict[str, Any]:
         "section": method.section,
         "share": None if share is None else str(share),
         "training_free": method.training_free,
-        "weights": "none needed" if method.training_free else "not loaded",
-        "needs": sorted(str(need) for need in getattr(method, "needs", ())),
+        "weights": _weights(method, tower),
+        "needs": sorted(_needs(method)),
         "version": method.version,
         "source": method.source,
         "parameters": parameters,
     }
 
 
+def _needs(method: Any) -> set[str]:
+    """What must be there beside the tokens: of the vision encoder, or of the layers around a prefill method's cuts."""
+    if not hasattr(method, "cuts"):
+        return {str(need) for need in getattr(method, "needs", ())}
+    found = {"whole_grid"} if method.whole else set()
+    for cut in method.cuts(method.Config(), _LAYERS):
+        found |= {str(need) for need in cut.needs}
+        found |= {f"{cut.raters}_attention"} if cut.raters != "none" else set()
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print; always 0."""
-    found = listed()
+    """Print, and return 0, or 1 if ``--model`` cannot be read."""
+    try:
+        found = listed(args.model)
+    except PrismServeError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -57,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(column.replace("_", " "), overflow="fold")
     for entry in found:
         table.add_row(*(_cell(entry[column]) for column in columns))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH).print(table)
     return 0
 
 

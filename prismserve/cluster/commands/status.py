@@ -1,10 +1,11 @@
-"""``prismserve status``: the workers of a running cluster, their queues, KV, caches and transfers."""
+"""``prismserve status``: the workers of a running cluster, their queues, KV, caches and transfers, and its presets."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -58,10 +59,41 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(status: ClusterStatus, console: Console) -> None:
-    """Print the pools, then every worker."""
+    """Print the pools, then every worker, then what became of the presets."""
     console.print(_pools(status.workers))
     console.print()
     console.print(_workers(status.workers))
+    states = preset_states(status.document.get("fidelity"))
+    if states:
+        console.print()
+        console.print(presets_table(states))
+
+
+def preset_states(fidelity: Any) -> dict[str, Mapping[str, Any]]:
+    """The states in the block ``fidelity`` of the status document; empty where a server has none."""
+    states = fidelity.get("presets") if isinstance(fidelity, Mapping) else None
+    if not isinstance(states, Mapping):
+        return {}
+    return {str(name): entry for name, entry in states.items() if isinstance(entry, Mapping)}
+
+
+def presets_table(states: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each preset: what is served in its place, who decides, and the replays it was judged by."""
+    table = _table("preset", "serves", "control", "answers that differ", "at most", "KL", "since", "reason")
+    for name, entry in states.items():
+        held = bool(entry.get("held"))
+        since_s = entry.get("since_s")
+        table.add_row(
+            Text(printable(name)),
+            Text(printable(str(entry.get("in_force", name))), "bold yellow" if held else ""),
+            Text(printable(str(entry.get("control", "")))),
+            f"{entry.get('disagreed', 0)} of {entry.get('compared', 0)}",
+            f"{100 * float(entry.get('disagreement_max', 0)):.0f} %",
+            f"{float(entry.get('kl_nats', 0)):.3g}",
+            "-" if since_s is None else f"{float(since_s):.0f} s",
+            Text(printable(str(entry.get("reason", "")))),
+        )
+    return table
 
 
 def _pools(workers: Sequence[WorkerStatus]) -> Table:

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from prismserve.compression.base import KeepConfig, Share, Stage
 from prismserve.compression.cuts import RATERS_MAX, Cut, CutNeed, CutPlan, Raters, Tap
+from prismserve.compression.density import density_centres
 from prismserve.compression.prefill._common import best_first, fold_into, geometric, given, layers_at, top
-from prismserve.compression.prefill._density import density_centres
 
 if TYPE_CHECKING:
     from prismserve.compression.cuts import CutInputs

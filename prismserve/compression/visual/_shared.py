@@ -16,6 +16,7 @@ _FIELDS: Final = {
     Need.PROJECTED: "projected",
     Need.TEXT_EMBEDDINGS: "text",
     Need.TEXT_TOWER: "aligned_text",
+    Need.QUESTION_ATTENTION: "asked",
 }
 
 

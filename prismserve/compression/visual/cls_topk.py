@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import Reducing, ascending, class_attention, ranked
+from prismserve.compression.visual._shared import Reducing, class_attention, ranked
 
 
 class ClassAttention(Reducing):
@@ -27,7 +27,7 @@ class ClassAttention(Reducing):
         if whole is not None:
             return whole
         order = ranked(class_attention(features))
-        return VisualPlan(ascending(order[: self.kept_tokens(config, order.shape[0])]))
+        return VisualPlan.in_order(order[: self.kept_tokens(config, order.shape[0])])
 
 
 METHOD = ClassAttention()

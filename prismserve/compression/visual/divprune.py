@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import Reducing, ascending, projected
+from prismserve.compression.visual._shared import Reducing, projected
 from prismserve.kernels.subsets import farthest_first
 
 
@@ -34,7 +34,7 @@ class DivPrune(Reducing):
         if whole is not None:
             return whole
         tokens = projected(features)
-        return VisualPlan(ascending(farthest_first(tokens, self.kept_tokens(config, tokens.shape[0]))))
+        return VisualPlan.in_order(farthest_first(tokens, self.kept_tokens(config, tokens.shape[0])))
 
 
 METHOD = DivPrune()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
-from prismserve.compression.visual._shared import Reducing, ascending, projected
+from prismserve.compression.visual._shared import Reducing, projected
 from prismserve.kernels.subsets import largest_determinant
 
 
@@ -29,7 +29,7 @@ class Determinantal(Reducing):
         if whole is not None:
             return whole
         tokens = projected(features)
-        return VisualPlan(ascending(largest_determinant(tokens, self.kept_tokens(config, tokens.shape[0]))))
+        return VisualPlan.in_order(largest_determinant(tokens, self.kept_tokens(config, tokens.shape[0])))
 
 
 METHOD = Determinantal()

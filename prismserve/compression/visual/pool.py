@@ -49,15 +49,23 @@ class MeanPooling(Reducing):
         return VisualPlan(torch.tensor(anchors)[order].to(device), weights[order].to(device))
 
 
-def cells(rows: int, columns: int, count: int) -> list[tuple[int, int, int, int]]:
-    """Exactly ``count`` disjoint cells (top, bottom, left, right) that cover the grid, ends left out."""
+def cells(rows: int, columns: int, count: int, *, overlapping: bool = False) -> list[tuple[int, int, int, int]]:
+    """Exactly ``count`` cells (top, bottom, left, right) that cover the grid, ends left out.
+
+    Disjoint ones, or, ``overlapping``, those of adaptive average pooling, which share a row or column with a neighbour
+    where the side does not divide.
+    """
     fewest, most = math.ceil(count / columns), min(rows, count)
     bands = max(fewest, min(most, round(math.sqrt(count * rows / columns))))
+    spill = bands - 1 if overlapping else 0
     out = []
     for band in range(bands):
-        top, bottom = band * rows // bands, (band + 1) * rows // bands
+        top, bottom = band * rows // bands, ((band + 1) * rows + spill) // bands
         parts = (band + 1) * count // bands - band * count // bands
-        out += [(top, bottom, part * columns // parts, (part + 1) * columns // parts) for part in range(parts)]
+        beyond = parts - 1 if overlapping else 0
+        out += [
+            (top, bottom, part * columns // parts, ((part + 1) * columns + beyond) // parts) for part in range(parts)
+        ]
     return out
 
 

@@ -37,8 +37,8 @@ class RandomPruning:
         count = features.tokens.shape[0]
         generator = np.random.Philox(key=int.from_bytes(features.seed[:8], "little"))
         rank = np.argsort(generator.random_raw(count), kind="stable")
-        chosen = np.sort(rank[: self.kept_tokens(config, count)]).astype(np.int64)
-        return VisualPlan(torch.from_numpy(chosen).to(features.tokens.device))
+        chosen = rank[: self.kept_tokens(config, count)].astype(np.int64)
+        return VisualPlan.in_order(torch.from_numpy(chosen).to(features.tokens.device))
 
 
 METHOD = RandomPruning()

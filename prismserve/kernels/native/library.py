@@ -39,6 +39,7 @@ _FUNCTIONS: Final = {
     "rotary": "pnnnnppnppnfi",
     "attend": "pipnnnpnnpnpppnfppi",
     "write_kv": "pipnnnpnpnpn",
+    "layers": "pnipfpnpppipnppnpppnfpppi",
     "largest_determinant": "pnnnppffnfp",
     "farthest_first": "pnnnnp",
     "merge_alike": "pnnnnnpp",

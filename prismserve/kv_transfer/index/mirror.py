@@ -41,6 +41,10 @@ class PrefixMatch:
         """All of them."""
         return self.device_blocks + self.host_blocks + self.disk_blocks
 
+    def usable(self, *, restored: bool) -> int:
+        """Leading blocks it can use: on the device, or with what is in other tiers restored."""
+        return self.blocks if restored else self.ready_blocks
+
 
 @dataclass(slots=True)
 class _Holder:

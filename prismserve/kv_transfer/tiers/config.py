@@ -22,6 +22,7 @@ class TierConfig(FrozenConfig):
         disk_bytes: size of each worker's file; it is reserved when the worker starts.
         policy: ``lru`` evicts what was not used for longest; ``gdsf`` also keeps what was used often and what is dear
             to compute again.
+        images: embeddings of images are kept too, each in blocks of its own.
         queue_blocks_max: blocks that wait to be copied to a tier; further ones are not kept.
         restore_blocks_min: shortest run of blocks that is worth restoring.
         restore_timeout_s: how long a request waits for its blocks to come back before they are computed instead.
@@ -33,6 +34,7 @@ class TierConfig(FrozenConfig):
     disk_path: str | None = None
     disk_bytes: PositiveInt = 4096 * _MIB
     policy: Literal["lru", "gdsf"] = "lru"
+    images: bool = True
     queue_blocks_max: PositiveInt = 4096
     restore_blocks_min: PositiveInt = 2
     restore_timeout_s: PositiveSeconds = 5.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from prismserve.kv_transfer.costs import FIRST_GUESS_TIER_BYTES_PER_S
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 FIXED_S: Final = 0.001
 """What a restore costs beside the bytes: a thread hop and a call between two engine steps."""
-FIRST_GUESS_BYTES_PER_S: Final[Mapping[str, float]] = {"host": 2e9, "disk": 5e8}
-"""Rates of tiers nothing was read from yet; modest, so that the first restore is one that pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def decide(
     """
     if len(tiers) < blocks_min:
         return Restore(first, 0, 0.0, 0.0, "too_short" if tiers else "not_held")
-    seconds = {name: block_bytes / (bytes_per_s.get(name) or FIRST_GUESS_BYTES_PER_S[name]) for name in set(tiers)}
+    seconds = {name: block_bytes / (bytes_per_s.get(name) or FIRST_GUESS_TIER_BYTES_PER_S[name]) for name in set(tiers)}
     restore_s = FIXED_S + sum(seconds[name] for name in tiers)
     tokens = len(tiers) * block_tokens
     compute_s = tokens / prefill_tokens_per_s if prefill_tokens_per_s > 0 else float("inf")

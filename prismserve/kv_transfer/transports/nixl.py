@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
-import torch
 from pydantic import Field
 
 from prismserve.core.config import FrozenConfig, PositiveInt
@@ -99,8 +98,11 @@ class NixlTransport:
 
     def poll(self) -> list[bytes]:
         """Notifications from every peer; also lets UCX make progress on writes into this arena."""
-        self._retry_orphans()
+        if self._orphans:
+            self._retry_orphans()
         self.progress()
+        if not self._arrived:
+            return []
         with self._lock:
             taken, self._arrived = self._arrived[:POLL_BATCH_MAX], self._arrived[POLL_BATCH_MAX:]
         return taken
@@ -109,9 +111,12 @@ class NixlTransport:
         """Let UCX work; notifications that this brings up are kept for :meth:`poll`."""
         if self._agent is None:
             return
-        with self._lock, self.translated("poll"):
-            for messages in self._agent.get_new_notifs().values():
-                self._arrived.extend(messages)
+        try:
+            with self._lock:
+                for messages in self._agent.get_new_notifs().values():
+                    self._arrived.extend(messages)
+        except self._errors as error:
+            raise self.broken("poll", error) from error
 
     def fileno(self) -> int | None:
         """None: NIXL offers nothing to wait on."""
@@ -143,8 +148,16 @@ class NixlTransport:
         try:
             yield
         except self._errors as error:
-            message = f"nixl {action} failed: {type(error).__name__}: {error}"
-            raise TransportError(message) from error
+            raise self.broken(action, error) from error
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What NIXL raises; caught where a context manager would cost more than what it guards."""
+        return self._errors
+
+    def broken(self, action: str, error: Exception) -> TransportError:
+        """One of NIXL's errors in our own tree."""
+        return TransportError(f"nixl {action} failed: {type(error).__name__}: {error}")
 
     def release(self, handle: Any, extent: Extent) -> None:
         """Release a write and its staging pages; one that cannot be cancelled keeps both until it can."""
@@ -224,26 +237,26 @@ class NixlNotice:
 class NixlWrite:
     """Staging pages bound for the peer."""
 
+    __slots__ = ("_extent", "_offset_bytes", "_owner", "_peer", "buffer")
+
     def __init__(self, owner: NixlTransport, peer: NixlEndpoint, offset_bytes: int, nbytes: int) -> None:
         self._owner = owner
         self._peer = peer
         self._offset_bytes = offset_bytes
-        self._extent = owner.arena.allocate_staging(nbytes)
-        self.buffer: torch.Tensor = owner.arena.view(self._extent, 0, nbytes)
+        self._extent, self.buffer = owner.arena.stage(nbytes)
 
     def submit(self, notification: bytes) -> NixlHandle:
         """Post one WRITE of the whole buffer."""
-        agent = self._owner.agent
-        nbytes = self.buffer.numel()
+        owner, peer, buffer = self._owner, self._peer, self.buffer
+        agent, nbytes = owner.agent, buffer.numel()
         try:
-            with self._owner.translated("write"):
-                source = agent.get_xfer_descs([(self.buffer.data_ptr(), nbytes, 0)], _MEMORY)
-                target = agent.get_xfer_descs([(self._peer.base_address + self._offset_bytes, nbytes, 0)], _MEMORY)
-                handle = agent.initialize_xfer("WRITE", source, target, self._peer.agent, notification)
-        except TransportError:
+            source = agent.get_xfer_descs([(buffer.data_ptr(), nbytes, 0)], _MEMORY)
+            target = agent.get_xfer_descs([(peer.base_address + self._offset_bytes, nbytes, 0)], _MEMORY)
+            handle = agent.initialize_xfer("WRITE", source, target, peer.agent, notification)
+        except owner.errors as error:
             self.discard()
-            raise
-        return NixlHandle(self._owner, handle, self._extent)
+            raise owner.broken("write", error) from error
+        return NixlHandle(owner, handle, self._extent)
 
     def discard(self) -> None:
         """Free the staging pages."""
@@ -252,6 +265,8 @@ class NixlWrite:
 
 class NixlHandle:
     """A posted write: owns its staging pages until it is done, failed or cancelled."""
+
+    __slots__ = ("_deadline_s", "_done", "_extent", "_handle", "_owner", "_posted")
 
     def __init__(self, owner: NixlTransport, handle: Any, extent: Extent) -> None:
         self._owner = owner
@@ -265,10 +280,13 @@ class NixlHandle:
         """Ask NIXL; releases the pages when the write is over, one way or the other."""
         if self._done:
             return True
+        owner = self._owner
         try:
-            with self._owner.translated("write"):
-                agent = self._owner.agent
-                state = agent.check_xfer_state(self._handle) if self._posted else agent.transfer(self._handle)
+            agent = owner.agent
+            state = agent.check_xfer_state(self._handle) if self._posted else agent.transfer(self._handle)
+        except owner.errors as error:
+            self.cancel()
+            raise owner.broken("write", error) from error
         except TransportError:
             self.cancel()
             raise

@@ -12,7 +12,7 @@ import torch
 from prismserve.core.errors import ModelLoadError
 from prismserve.models.base import ImageLayout, ImageShape, ImageTools, ModelIdentity, ModelShape, VideoShape
 from prismserve.models.config import DecoderConfig
-from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels
+from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels, FrameRecipe
 from prismserve.models.images import Recipe
 from prismserve.models.keys import TEXT, TOWER, renamed
 from prismserve.models.seeing import SeeingModel, borrowed_vision
@@ -43,7 +43,7 @@ class CroppedTiles(Recipe):
         return self.processed([image], "pixel_values", crop_to_patches=True)
 
 
-class NumberedFrames:
+class NumberedFrames(FrameRecipe):
     """Every frame is one tile, after its number in text; see :class:`prismserve.models.base.VideoRecipe`."""
 
     before = "Frame1: <img>"
@@ -51,10 +51,9 @@ class NumberedFrames:
 
     def __init__(self, shape: ImageShape, tools: ImageTools) -> None:
         """Scale frames as the checkpoint's video processor says."""
+        super().__init__(tools.token_id("<video>"), tools)
         settings = tools.video_settings()
         self.shape = shape
-        self.tools = tools
-        self.placeholder_id = tools.token_id("<video>")
         self.pixels = FramePixels.read(settings, CLIP_MEAN, CLIP_STD)
         self.pixels.check_size(settings, shape.height_px, shape.width_px)
 

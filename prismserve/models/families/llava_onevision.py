@@ -22,7 +22,7 @@ from prismserve.models.base import (
 )
 from prismserve.models.config import DecoderConfig
 from prismserve.models.families.llava_next import TiledRecipe
-from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels
+from prismserve.models.frames import CLIP_MEAN, CLIP_STD, FramePixels, FrameRecipe
 from prismserve.models.keys import TEXT, TOWER, renamed
 from prismserve.models.seeing import SeeingModel, borrowed_vision
 from prismserve.models.vision import TowerPlan
@@ -71,19 +71,16 @@ class OneVisionRecipe(TiledRecipe):
         return self.processed([image, image.resize((1, 1))], *names)
 
 
-class PooledFrames:
+class PooledFrames(FrameRecipe):
     """Frames at the tower's size, pooled to half the side, and one learned token behind the last.
 
     See :class:`prismserve.models.base.VideoRecipe`.
     """
 
-    before = ""
-    after = ""
-
     def __init__(self, config: Any, shape: ImageShape, tools: ImageTools) -> None:
         """Scale frames as the checkpoint's video processor says."""
+        super().__init__(config.video_token_id, tools)
         settings = tools.video_settings()
-        self.placeholder_id: int = config.video_token_id
         self.size_px = shape.height_px, shape.width_px
         self.side = math.ceil(shape.grid[0] / 2)
         self.pixels = FramePixels.read(settings, CLIP_MEAN, CLIP_STD)

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from prismserve.cluster.commands import status
-from tests.client.conftest import WORKER
+from tests.client.conftest import TURBO, WORKER
 
 
 def run(server, *arguments: str) -> int:
@@ -40,3 +40,11 @@ def test_without_a_cluster_the_exit_code_is_3(server, capsys) -> None:
     server.stop()
     assert run(server, "--timeout-s", "2") == 3
     assert "no cluster answers" in capsys.readouterr().err
+
+
+def test_presets_that_stepped_back_are_shown_with_the_reason(server, capsys) -> None:
+    server.service.status = json.dumps({"workers": [WORKER], "fidelity": {"presets": {"turbo": TURBO}}})
+    assert run(server) == 0
+    out = capsys.readouterr().out
+    for part in ("turbo", "balanced", "12 of 20 answers differ, the bound is 0.25"):
+        assert part in out

@@ -164,6 +164,7 @@ REFUSED = {
     "internvl": ({"downsample_ratio": 0.01}, "tiles of 0 x 0 tokens"),
     "qwen3_vl": ({"vision_config.deepstack_visual_indexes": [0, 1, 2, 0]}, "after 4 layers of a decoder of 3"),
     "qwen2_vl": ({"text_config.rope_parameters.mrope_section": [9, 9, 9]}, "does not divide 6 channel pairs"),
+    "mistral3": ({"spatial_merge_size": 9}, "merges 9 x 9 patches"),
     "gemma3": ({"mm_tokens_per_image": 5}, "asks for 5 tokens an image"),
 }
 

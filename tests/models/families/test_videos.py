@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 import torch
+from transformers.models.smolvlm.video_processing_smolvlm import get_resize_output_image_size
 
 from prismserve.compression.loader import normalise, visual_method
+from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.types import CompressionPlan, FrameTimes, MediaSegment, Prompt, TextSegment
 from prismserve.engine.config import EngineConfig
 from prismserve.engine.engine import Engine
+from prismserve.models.processing import ChatMessage, Processor, VideoSlot
 from tests.models.matching import VIDEO_CASES, Case, Ours, clip, picture
 from tests.models.zoo import SPECIMENS, WATCHING
 
@@ -97,3 +103,59 @@ def test_the_answer_begins_behind_the_highest_position_of_a_slow_video():
     segment = MediaSegment(0, b"k" * 32, 8, 8, position_span=2, position_reach=50)
     assert Prompt((TextSegment((1, 2)), segment, TextSegment((3,)))).next_position == 52
     assert Prompt((segment, TextSegment(tuple(range(60))))).next_position == 62
+
+
+@pytest.fixture
+def smolvlm(tmp_path):
+    SPECIMENS["smolvlm"].save(tmp_path, 0)
+    return tmp_path
+
+
+def test_smolvlm_scales_frames_to_the_sizes_of_transformers(smolvlm):
+    recipe = Ours(smolvlm).processor._video_recipe
+    for height, width in itertools.product((1, 2, 7, 33, 360, 481), (1, 5, 64, 90, 641)):
+        expected = get_resize_output_image_size(torch.empty(3, height, width), 64)
+        assert recipe.first_size(height, width) == tuple(expected)
+
+
+def test_smolvlm_writes_a_placeholder_that_is_no_token_and_users_cannot(smolvlm):
+    tokenizer = json.loads((smolvlm / "tokenizer.json").read_text())
+    # As in the hub's vocabulary, which has no such token.
+    for token in tokenizer["added_tokens"]:
+        token["content"] = token["content"].replace("<video>", "<reserved>")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["<reserved>"] = vocabulary.pop("<video>")
+    (smolvlm / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((smolvlm / "tokenizer_config.json").read_text())
+    config.pop("extra_special_tokens", None)
+    (smolvlm / "tokenizer_config.json").write_text(json.dumps(config).replace("<video>", "<reserved>"))
+    processor = Processor.from_directory(smolvlm)
+    assert "<video>" not in processor.tokenizer.get_vocab()
+    times = FrameTimes((0.0, 61.5), 2 / 75)
+    ids = processor.render_chat([ChatMessage("user", (VideoSlot(0), "a <video> <image> b"))], {0: times})
+    slot = ids.index(VideoSlot(0))
+    before, after = (processor.decode(part, skip_special_tokens=False) for part in (ids[:slot], ids[slot + 1 :]))
+    assert before == (
+        "<|im_start|>User: You are provided the following series of two frames from a 0:01:15 [H:MM:SS] video.\n\n"
+        "Frame from 00:00:<fake_token_around_image><global-img>"
+    )
+    assert after.startswith("<fake_token_around_image>\n\na <video> <image> b<end_of_utterance>")
+    assert processor.image_token_id not in ids
+    between = processor.decode(processor.video_layout(70, 40, times).ids, skip_special_tokens=False)
+    head = "<fake_token_around_image>\nFrame from 01:01:<fake_token_around_image><global-img>"
+    assert between == "<image>" * 4 + head + "<image>" * 4
+
+
+def test_smolvlm_refuses_frames_of_another_size_than_its_tower_takes(smolvlm):
+    path = smolvlm / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_image_size": {"longest_edge": 48}}))
+    with pytest.raises(ModelLoadError, match="frames of 48 pixels, the vision tower takes 32"):
+        Processor.from_directory(smolvlm)
+
+
+def test_idefics3_takes_no_videos(tmp_path):
+    SPECIMENS["idefics3"].save(tmp_path, 0)
+    processor = Processor.from_directory(tmp_path)
+    assert not processor.supports_videos
+    with pytest.raises(InvalidRequestError, match="takes no videos"):
+        processor.render_chat([ChatMessage("user", (VideoSlot(0), "?"))], {0: FrameTimes((0.0,), 1.0)})

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "ops.h"
 #include "scratch.h"
 #include "tile.h"
 

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "ops.h"
 #include "scratch.h"
 #include "tile.h"
 

@@ -1,6 +1,7 @@
 // Operations on rows of activations: RMS norm, gate, rotary embedding.
 #include <algorithm>
 
+#include "ops.h"
 #include "tile.h"
 
 namespace prismserve {

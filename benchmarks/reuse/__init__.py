@@ -1,0 +1,1 @@
+"""What reuse saves over several workers: ``python -m benchmarks.reuse``."""

@@ -1,0 +1,1 @@
+"""Speed of the tiers below the KV pool: ``python -m benchmarks.tiers``."""
