@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from prismserve.compression import loader
 from prismserve.compression.base import KeepConfig, Share, Stage
 from prismserve.compression.cuts import ChoosesRaters, CutInputs, CutNeed, Grid, Raters, Tap
 from prismserve.core.errors import InvalidRequestError
+from tests.compression.visual.slow import cosine, largest_determinant
 
 METHODS = loader.names("prefill")
 REDUCING = tuple(name for name in METHODS if name != "none")
@@ -64,7 +66,7 @@ def walk(name, grids, seed=0, **params):
 
 
 def test_the_folder_holds_the_methods_of_the_survey_and_the_controls():
-    named = {"fastv", "pyramiddrop", "sparsevlm", "asap", "framefusion", "sttm", "holitom_inner", "pumer"}
+    named = {"lens", "fastv", "pyramiddrop", "sparsevlm", "asap", "framefusion", "sttm", "holitom_inner", "pumer"}
     assert named | {"none", "random", "uniform"} <= set(METHODS)
 
 
@@ -289,3 +291,28 @@ def test_pumer_prunes_by_the_question_and_merges_the_best_pairs():
     merged = {a: b for _, a, b in sorted(edges, reverse=True)[: stay - kept]}
     assert plan.indices.tolist() == [i for i in alive if i not in merged]
     assert all(plan.indices[plan.targets[a]] == b for a, b in merged.items())
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.5, 2.0])
+def test_lens_enlarges_the_determinant_of_attention_and_difference_most(theta):
+    grids = (Grid(1, 3, 4), Grid(2, 2, 2))
+    inputs = make_inputs(grids)
+    method, config = method_and_config("lens", keep=6, theta=theta)
+    attention = inputs.scores[-1].double().mean(0)
+    quality = ((attention / attention.max()) ** theta).tolist()
+    hidden = inputs.hidden.double().tolist()
+    where = [
+        (g, f, r, c)
+        for g, s in enumerate(grids)
+        for f in range(s.frames)
+        for r in range(s.rows)
+        for c in range(s.columns)
+    ]
+
+    def similar(i, j):
+        (one, *here), (other, *there) = where[i], where[j]
+        near = math.exp(-(math.dist(here, there) ** 2) / 18) if one == other else 0.0
+        return cosine(hidden[i], hidden[j]) * (0.5 + 0.5 * near)
+
+    kernel = [[quality[i] * similar(i, j) * quality[j] for j in range(20)] for i in range(20)]
+    assert method.plan(0, inputs, config).indices.tolist() == largest_determinant(kernel, 6)
