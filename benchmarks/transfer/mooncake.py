@@ -58,7 +58,7 @@ class Peer:
 
     def __init__(self, interpreter: Path, cache: Path, nbytes: int, processors: set[int]) -> None:
         self._process = subprocess.Popen(
-            [interpreter, _PEER, str(nbytes), ",".join(map(str, sorted(processors)))],
+            [interpreter, "-P", _PEER, str(nbytes), ",".join(map(str, sorted(processors)))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
