@@ -297,7 +297,7 @@ def measure(
         contenders.extend(others)
         for _ in range(rounds):
             for nbytes in sizes:
-                for contender in contenders:
-                    seconds = contender.times(nbytes, writes(nbytes) + _WARM_UP)
-                    samples.add(contender.name, nbytes, seconds[_WARM_UP:])
+                for taking_turn in contenders:
+                    seconds = taking_turn.times(nbytes, writes(nbytes) + _WARM_UP)
+                    samples.add(taking_turn.name, nbytes, seconds[_WARM_UP:])
     return samples

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from mooncake.engine import TransferEngine
+from mooncake.engine import TransferEngine  # type: ignore[import-not-found] # in an environment of its own
 
 
 def main() -> None:
