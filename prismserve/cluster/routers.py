@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prismserve.cluster.startup import Reporter, configure_logging
 from prismserve.core.errors import EngineError, PrismServeError
+from prismserve.core.heap import settle
 from prismserve.core.loop_thread import LoopThread
 from prismserve.core.types import KVLayout
 from prismserve.engine.sizing import kv_dtype, kv_format
@@ -68,6 +69,7 @@ class Router:
         except PrismServeError as error:
             report.failed(error.message)
             raise
+        settle()
         report.ready(*self.addresses())
 
     async def _start(self, facts: RouterFacts) -> None:

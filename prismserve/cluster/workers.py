@@ -10,6 +10,7 @@ import ray
 from prismserve.cluster.share import WorkerShare
 from prismserve.cluster.startup import Reporter, configure_logging
 from prismserve.core.errors import PrismServeError
+from prismserve.core.heap import settle
 from prismserve.core.types import Role
 from prismserve.decode_workers.role import attach as attach_decode
 from prismserve.prefill_workers.role import attach as attach_prefill
@@ -66,6 +67,7 @@ class Worker:
         except PrismServeError as error:
             report.failed(error.message)
             raise
+        settle()
         report.ready()
 
     def check_health(self) -> None:

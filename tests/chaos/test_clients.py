@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from prismserve.core.heap import settle
 from prismserve.core.types import Role
 from prismserve.engine.config import EngineConfig
 from prismserve.router.servers import FrontDoors
@@ -45,10 +47,13 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 async def doors_of(world: Any, **limits: Any) -> AsyncIterator[FrontDoors]:
     await world.open_router(**limits)
     doors = FrontDoors(world.router)
+    # As a router's own process does; this one has many more objects, those of the tests.
+    settle()
     try:
         await doors.start("127.0.0.1", 0, 0)
         yield doors
     finally:
+        gc.unfreeze()
         await doors.stop()
         await world.router.stop()
         await world.index.close()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from prismserve.core.heap import settle
 from prismserve.core.types import Role
 from prismserve.decode_workers.role import attach as attach_decode
 from prismserve.kv_transfer import landing as transfer_landing
@@ -94,6 +95,7 @@ async def main() -> None:
     for attach in ATTACH[runtime.config.role]:
         attach(runtime)
     await runtime.serve()
+    settle()
     say(answers, {"worker_id": runtime.info.worker_id, "pid": os.getpid()})
     commands: dict[str, Callable[..., Any]] = {"state": state}
     while line := await asyncio.to_thread(sys.stdin.readline):
