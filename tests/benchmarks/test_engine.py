@@ -87,6 +87,7 @@ def test_rotated_pairs_come_apart_as_transformers_wants_them():
     assert _interleaved("blk.0.attn_v.weight", rows, 4, 1) is rows
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_page_document_and_plot(tmp_path, capsys):
     out = tmp_path / "results"
     flags = ["--quick", "--work", "one", "--work", "shared-8", "--cache", str(tmp_path / "cache"), "--out", str(out)]

@@ -151,6 +151,7 @@ async def test_headers_that_never_end_close_the_connection(start_cluster):
     await serves_on(cluster)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_streams_opened_and_reset_without_end_hurt_nobody(start_cluster, answer_ids):
     """Rapid reset: another client's request is answered meanwhile, and nothing is held afterwards."""

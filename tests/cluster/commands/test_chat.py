@@ -100,6 +100,15 @@ def test_without_a_cluster_it_says_how_to_start_one(server, capsys) -> None:
     assert "prismserve serve" in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where this process was started to ignore it, as in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_request_with_130(server) -> None:
     server.service.pause_s = 30.0
 

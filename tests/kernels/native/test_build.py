@@ -15,6 +15,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_start_together_share_one_library_and_leave_nothing_else(tmp_path):
     command = [sys.executable, "-c", COMPILES, str(tmp_path)]

@@ -75,6 +75,7 @@ def test_the_published_weights_have_learned_what_the_joint_stage_teaches(tmp_pat
     assert {path.name for path in reference_path().iterdir()} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_joint_stage_ends_early_when_its_time_is_up(tmp_path):
     model, processor, heads = train.reload(reference_path())
     options = dataclasses.replace(TINY, steps=50, minutes=1e-9)
@@ -196,6 +197,7 @@ def test_the_table_adds_up():
     ]
 
 
+@pytest.mark.slow
 def test_ablation_reports_every_condition_and_blindness_costs_answers():
     result = ablation(reference_path(), scenes=2, batch=2, compiled=False, workers=0)
     assert set(result) == {c.name for c in conditions()}
