@@ -145,3 +145,9 @@ def pooled_frames(features: VisualFeatures, shares: Sequence[int]) -> VisualPlan
             torch.tensor(weights, dtype=torch.float32, device=device),
         )
     return merging.plan()
+
+
+def evenly_pooled(features: VisualFeatures, kept: int) -> VisualPlan:
+    """:func:`pooled_frames` with an equal share of ``kept`` tokens for every frame."""
+    rows, columns = features.grid
+    return pooled_frames(features, even_shares(kept, [rows * columns] * features.frames))

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from prismserve.compression.base import KeepConfig, VisualFeatures, VisualPlan
 from prismserve.compression.visual._shared import Reducing
-from prismserve.compression.visual._video import even_shares, pooled_frames
+from prismserve.compression.visual._video import evenly_pooled
 
 
 class DynamicVLMConfig(KeepConfig):
@@ -48,9 +48,7 @@ class DynamicVLM(Reducing):
         whole = self.complete(features, config)
         if whole is not None:
             return whole
-        kept = self.kept_tokens(config, features.tokens.shape[0])
-        rows, columns = features.grid
-        return pooled_frames(features, even_shares(kept, [rows * columns] * features.frames))
+        return evenly_pooled(features, self.kept_tokens(config, features.tokens.shape[0]))
 
 
 METHOD = DynamicVLM()

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from prismserve.compression.base import KeepConfig, VisualFeatures, VisualPlan
 from prismserve.compression.visual._shared import Reducing
-from prismserve.compression.visual._video import even_shares, pooled_frames
+from prismserve.compression.visual._video import evenly_pooled
 
 
 class LlamaVIDConfig(KeepConfig):
@@ -59,9 +59,7 @@ class LlamaVID(Reducing):
         whole = self.complete(features, config)
         if whole is not None:
             return whole
-        kept = self.kept_tokens(config, features.tokens.shape[0])
-        rows, columns = features.grid
-        return pooled_frames(features, even_shares(kept, [rows * columns] * features.frames))
+        return evenly_pooled(features, self.kept_tokens(config, features.tokens.shape[0]))
 
 
 METHOD = LlamaVID()
