@@ -86,13 +86,15 @@ class Peer:
             raise TransportError(text) from None
         finally:
             self._calls -= 1
-            if self._retired and not self._calls:
-                await self.close()
+            await self._close_when_left()
 
     async def retire(self) -> None:
         """Take no more calls, and close the channel as soon as those under way have ended."""
         self._retired = True
-        if not self._calls:
+        await self._close_when_left()
+
+    async def _close_when_left(self) -> None:
+        if self._retired and not self._calls:
             await self.close()
 
     async def close(self) -> None:
