@@ -52,12 +52,15 @@ def test_a_worker_that_died_without_the_head_comes_back_with_it(
     ask = {"images": [picture], "temperature": 0, "max_tokens": 32}
     head = head_of(cluster)
     command, environment, folder = head.cmdline(), head.environ(), head.cwd()
-    (port,) = {
-        connection.laddr.port
-        for connection in head.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and f"--gcs_server_port={connection.laddr.port}" in command
+    # It chose a port by itself, and has to be found there again.
+    ports = {
+        word.rpartition(":")[2]
+        for process in psutil.Process(head.ppid()).children(recursive=True)
+        for word in process.cmdline()
+        if word.startswith("--gcs-address=")
     }
-    assert port
+    (port,) = ports
+    command = [f"--gcs_server_port={port}" if word.startswith("--gcs_server_port=") else word for word in command]
     assert f"--redis_port={store.rpartition(':')[2]}" in command
     with Client(cluster.addresses.grpc) as client:
         expected = client.generate(QUESTION, **ask)
