@@ -64,7 +64,7 @@ def test_a_worker_that_died_without_the_head_comes_back_with_it(
     assert f"--redis_port={store.rpartition(':')[2]}" in command
     with Client(cluster.addresses.grpc) as client:
         expected = client.generate(QUESTION, **ask)
-        before = {worker.worker_id: worker for worker in client.status().workers}
+        before = {worker.id: worker for worker in client.status().workers}
         lost = next(worker for worker in before.values() if worker.role == "decode")
         os.kill(head.pid, signal.SIGKILL)
         assert client.generate(QUESTION, **ask).token_ids == expected.token_ids
