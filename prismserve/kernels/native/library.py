@@ -45,6 +45,7 @@ _FUNCTIONS: Final = {
     "merge_alike": "pnnnnnpp",
     "drop_alike": "pnnnpnnn",
     "top_k": "pnnnnp",
+    "copy_hashed": "ppnp",
 }
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}
