@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prismserve.compression import loader
+from prismserve.kernels.subsets import merge_rows
 
 if TYPE_CHECKING:
     from prismserve.compression.base import VisualFeatures, VisualPlan
@@ -23,7 +24,7 @@ def carry_out(tokens: torch.Tensor, plan: VisualPlan) -> torch.Tensor:
     survivors = tokens[plan.indices]
     if plan.weights is None:
         return survivors
-    merged = plan.weights @ tokens.to(plan.weights.dtype)
+    merged = merge_rows(plan.weights, tokens.to(plan.weights.dtype))
     # Gathered rather than multiplied, so that reduced matmul precision cannot change a token nothing was merged into.
     own = plan.weights.gather(1, plan.indices[:, None])[:, 0]
     untouched = ((plan.weights != 0).sum(1) == 1) & (own == 1)

@@ -44,6 +44,9 @@ _FUNCTIONS: Final = {
     "farthest_first": "pnnnnp",
     "merge_alike": "pnnnnnpp",
     "drop_alike": "pnnnpnnn",
+    "closest": "pnnnpnpnp",
+    "most_alike": "pnnnpnnp",
+    "merge_rows": "pnnnpnnp",
     "top_k": "pnnnnp",
     "copy_hashed": "ppnp",
 }

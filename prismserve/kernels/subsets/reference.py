@@ -160,6 +160,49 @@ def drop_alike(rows: torch.Tensor, among: torch.Tensor, kept: int, per_round: in
     return among
 
 
+def closest(rows: torch.Tensor, among: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+    """Which of some rows each of others is most like (cosine).
+
+    Args:
+        rows: [N, C] float32.
+        among: [A] int64 rows that choose.
+        partners: [P] int64 rows to choose from, at least 1.
+
+    Returns:
+        [A] int64 numbers within ``partners``; of equals the earlier.
+    """
+    return _closest(rows[among], rows[partners])[1]
+
+
+def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tensor:
+    """For some rows the ``keep`` others that are most like them (cosine).
+
+    Args:
+        rows: [N, C] float32.
+        among: [A] int64.
+        keep: 0 to N - 1.
+
+    Returns:
+        [A, keep] int64 rows, ascending, never the row itself; of equals the lower are taken.
+    """
+    unit = functional.normalize(rows, dim=-1)
+    similar = (unit[among] @ unit.T).scatter_(1, among[:, None], -torch.inf)
+    return torch.sort(similar, dim=1, descending=True, stable=True).indices[:, :keep].sort(dim=1).values
+
+
+def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of rows, where most weights are 0.
+
+    Args:
+        weights: [k, N] float32.
+        rows: [N, C] float32.
+
+    Returns:
+        [k, C] float32.
+    """
+    return weights @ rows
+
+
 def _closest(proposers: torch.Tensor, partners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest cosine of each of [a, C] with any of [b, C], and which."""
     similar = functional.normalize(proposers, dim=-1) @ functional.normalize(partners, dim=-1).T
