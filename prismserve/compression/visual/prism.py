@@ -20,7 +20,7 @@ from prismserve.compression.visual._shared import (
     grid_places,
     projected,
 )
-from prismserve.kernels.subsets import Fading, closest, largest_determinant
+from prismserve.kernels.subsets import Fading, fold_alike, largest_determinant
 
 
 class PrismConfig(KeepConfig):
@@ -73,27 +73,7 @@ class Prism(Reducing):
         fading = Fading(places, config.locality, config.radius) if config.locality > 0.0 else None
         rows = projected(features)
         indices = ascending(largest_determinant(rows, kept, quality, fading))
-        return VisualPlan(indices, folded(rows, indices, config.fold) if config.fold > 0.0 else None)
-
-
-def folded(rows: torch.Tensor, indices: torch.Tensor, share: float) -> torch.Tensor:
-    """[k, N] float32: what each survivor is made of if the others are folded into the survivor they are most like.
-
-    Args:
-        rows: [N, D] float32 that are compared.
-        indices: [k] int64 survivors, ascending, fewer than N.
-        share: of the mean of what is folded into a survivor.
-    """
-    count = rows.shape[0]
-    left = torch.ones(count, dtype=torch.bool, device=rows.device)
-    left[indices] = False
-    others = left.nonzero()[:, 0]
-    owner = closest(rows, others, indices)
-    members = torch.bincount(owner, minlength=indices.shape[0]).float()
-    weights = torch.zeros(indices.shape[0], count, device=rows.device)
-    weights.scatter_(1, indices[:, None], torch.where(members > 0, 1.0 - share, 1.0)[:, None])
-    weights[owner, others] = (share / members.clamp(min=1.0))[owner]
-    return weights
+        return VisualPlan(indices, fold_alike(rows, indices, config.fold) if config.fold > 0.0 else None)
 
 
 def dial(attention: torch.Tensor, kept: int) -> float:

@@ -28,13 +28,13 @@ class SalienceConfig(KeepConfig):
     Attributes:
         proxy: what stands in for attention. ``distance``: one minus the cosine with the mean patch of the whole medium.
             ``contrast``: one minus the mean cosine with the up to eight neighbours in the frame. ``leverage``: how much of a
-            patch no combination of the others explains, the diagonal of ``X (X^T X + lambda I)^-1 X^T``. ``norm``: the
+            patch no combination of the others explains, the diagonal of ``X (X^T X + lambda I)^-1 X^T``. ``norm``: minus the
             length of the patch's features; where lengths differ by less than one percent, ``distance`` in its place.
         ridge: lambda of the leverage, as a multiple of the mean eigenvalue.
     """
 
-    proxy: Literal["distance", "contrast", "leverage", "norm"] = "distance"
-    ridge: float = Field(default=0.1, gt=0.0, le=1e6, strict=True, allow_inf_nan=False)
+    proxy: Literal["leverage", "distance", "contrast", "norm"] = "leverage"
+    ridge: float = Field(default=0.1, ge=1e-3, le=1e6, strict=True, allow_inf_nan=False)
 
 
 class Salience(Reducing):
@@ -66,7 +66,7 @@ def salience_of(features: VisualFeatures, proxy: str, ridge: float) -> torch.Ten
         norms: torch.Tensor = rows.norm(dim=1)
         spread = norms.std(correction=0) / norms.mean().clamp(min=1e-12)
         if float(spread) >= _FLAT:
-            return norms
+            return -norms
     if proxy == "leverage":
         return leverage(rows, ridge)
     unit = functional.normalize(rows, dim=1)
@@ -78,14 +78,16 @@ def salience_of(features: VisualFeatures, proxy: str, ridge: float) -> torch.Ten
 def leverage(rows: torch.Tensor, ridge: float) -> torch.Tensor:
     """[N] float32, ridge leverage scores of [N, C] in 0..1, by whichever of the two Gram matrices is smaller."""
     wide = rows.shape[0] <= rows.shape[1]
-    gram = (rows @ rows.T if wide else rows.T @ rows).double()
-    penalty = ridge * gram.diagonal().mean().clamp(min=1e-12)
-    factor = torch.linalg.cholesky(gram + penalty * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))
+    gram = rows @ rows.T if wide else rows.T @ rows
+    diagonal = gram.diagonal()
+    penalty = ridge * diagonal.mean().clamp(min=1e-12)
+    diagonal += penalty
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     if wide:
         # K (K + lambda I)^-1 = I - lambda (K + lambda I)^-1.
-        return (1.0 - penalty * torch.cholesky_inverse(factor).diagonal()).float()
-    explained: torch.Tensor = torch.linalg.solve_triangular(factor, rows.T.double(), upper=False)
-    return explained.square().sum(0).float()
+        return 1.0 - penalty * inverse.diagonal()
+    explained: torch.Tensor = (rows @ inverse * rows).sum(1)
+    return explained
 
 
 def neighbours_likeness(unit: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:

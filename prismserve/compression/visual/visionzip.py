@@ -89,29 +89,22 @@ class VisionZip:
         order = torch.sort(score, descending=True, stable=True).indices
         dominant = order[: kept - contextual]
         rest = order[kept - contextual :].sort().values
-        targets, others = _split(rest, contextual)
+        even = (
+            slice(0, rest.shape[0] // contextual * contextual, rest.shape[0] // contextual) if contextual else slice(0)
+        )
+        targets = rest[even]
         indices = torch.cat([dominant, targets]).sort().values
         if contextual == 0 or config.merge == "none":
             return VisualPlan(indices)
-        owner = closest(features.keys.float().mean(1), others, targets)
-        members = torch.bincount(owner, minlength=contextual).float()
-        share = (0.5 if config.merge == "mean" else 1.0) / members.clamp(min=1.0)
-        rows = torch.searchsorted(indices, targets)
+        owner = closest(features.keys.float().mean(1), rest, targets)
+        owner[even] = torch.arange(contextual, device=device)
+        members = torch.bincount(owner, minlength=contextual) - 1
+        share = (0.5 if config.merge == "mean" else 1.0) / members.clamp(min=1)
+        rows = torch.searchsorted(indices, targets.contiguous())
         weights = torch.zeros(kept, count, device=device).scatter_(1, indices[:, None], 1.0)
-        if config.merge == "mean":
-            weights[rows, targets] = torch.where(members > 0, 0.5, 1.0)
-        weights[rows[owner], others] = share[owner]
+        weights[rows[owner], rest] = share[owner]
+        weights[rows, targets] = torch.where(members > 0, 0.5, 1.0) if config.merge == "mean" else 1.0
         return VisualPlan(indices, weights)
-
-
-def _split(rest: torch.Tensor, targets: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every ``len(rest) // targets``-th index as a target, and the others: ([targets], [len(rest) - targets])."""
-    if targets == 0:
-        return rest[:0], rest
-    stride = rest.shape[0] // targets
-    is_target = torch.zeros(rest.shape[0], dtype=torch.bool, device=rest.device)
-    is_target[: stride * targets : stride] = True
-    return rest[is_target], rest[~is_target]
 
 
 METHOD = VisionZip()

@@ -53,6 +53,13 @@ def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tens
     return reference.most_alike(rows, among, keep)
 
 
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
+    """[k, N] float32 weights of what is folded into the rows ``kept``; see :func:`reference.fold_alike`."""
+    if use_native(rows):
+        return native.fold_alike(rows, kept, share)
+    return reference.fold_alike(rows, kept, share)
+
+
 def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """[k, C] float32 of weights [k, N] and rows [N, C]; see :func:`reference.merge_rows`."""
     if use_native(rows) and use_native(weights):
@@ -65,6 +72,7 @@ __all__ = [
     "closest",
     "drop_alike",
     "farthest_first",
+    "fold_alike",
     "largest_determinant",
     "merge_alike",
     "merge_rows",

@@ -84,6 +84,15 @@ def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tens
     return found
 
 
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
+    """As the reference."""
+    rows, where = _placed(rows)
+    kept = kept.contiguous()
+    weights = torch.empty((kept.shape[0], rows.shape[0]), dtype=torch.float32)
+    call("fold_alike", *where, kept.data_ptr(), kept.shape[0], share, weights.data_ptr())
+    return weights
+
+
 def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """As the reference, without a pass over what counts nothing."""
     rows, where = _placed(rows)

@@ -190,6 +190,28 @@ def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tens
     return torch.sort(similar, dim=1, descending=True, stable=True).indices[:, :keep].sort(dim=1).values
 
 
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
+    """What rows that are kept are made of if every other is folded into the one it is most like (cosine).
+
+    Args:
+        rows: [N, C] float32.
+        kept: [k] int64, ascending, 1 to N - 1 of them.
+        share: above 0, of the mean of what is folded into a row; the row itself has the rest, and all where nothing is.
+
+    Returns:
+        [k, N] float32 weights; of equally similar rows the first takes.
+    """
+    left = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    left[kept] = False
+    others = left.nonzero()[:, 0]
+    owner = closest(rows, others, kept)
+    members = torch.bincount(owner, minlength=kept.shape[0]).float()
+    weights = torch.zeros(kept.shape[0], rows.shape[0], device=rows.device)
+    weights.scatter_(1, kept[:, None], torch.where(members > 0, 1.0 - share, 1.0)[:, None])
+    weights[owner, others] = (share / members.clamp(min=1.0))[owner]
+    return weights
+
+
 def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Weighted sums of rows, where most weights are 0.
 
@@ -198,9 +220,13 @@ def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         rows: [N, C] float32.
 
     Returns:
-        [k, C] float32.
+        [k, C] float32; what is made of one row with weight 1 is that row, bit for bit.
     """
-    return weights @ rows
+    merged = weights @ rows
+    # Gathered rather than multiplied, so that reduced matmul precision cannot change a row nothing was merged into.
+    largest, place = weights.max(1)
+    alone = (largest == 1) & ((weights != 0).sum(1) == 1)
+    return torch.where(alone[:, None], rows[place], merged)
 
 
 def _closest(proposers: torch.Tensor, partners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ def slow(features, proxy, ridge=0.1):
     x = rows(features.tokens)
     height, width = features.grid
     if proxy == "norm" and len(x) > 1:
-        return [math.sqrt(sum(value * value for value in row)) for row in x]
+        return [-math.sqrt(sum(value * value for value in row)) for row in x]
     if proxy in {"distance", "norm"}:
         mean = [sum(column) / len(x) for column in zip(*x, strict=True)]
         return [1 - cosine(row, mean) for row in x]
@@ -51,10 +51,9 @@ def test_equals_the_proxy_written_out(proxy, grid, frames, make_features):
         assert indices.tolist() == sorted(best(expected.tolist(), 2))
 
 
-def test_the_default_keeps_what_differs_from_the_mean():
+def test_the_default_keeps_what_no_combination_of_the_others_explains():
     features = video(1, 12)
-    expected = sorted(best(slow(features, "distance"), 4))
-    assert run("salience", features, keep=4, proxy="distance")[1].tolist() == expected
+    assert run("salience", features, keep=4)[1].tolist() == sorted(best(slow(features, "leverage"), 4))
 
 
 def test_norms_that_are_all_the_same_are_not_ranked_by(make_features):
@@ -65,7 +64,7 @@ def test_norms_that_are_all_the_same_are_not_ranked_by(make_features):
         run("salience", nearly, keep=6, proxy="norm")[1], run("salience", nearly, keep=6, proxy="distance")[1]
     )
     longest = dataclasses.replace(features, tokens=unit * (1 + torch.arange(40)[:, None]))
-    assert run("salience", longest, keep=3, proxy="norm")[1].tolist() == [37, 38, 39]
+    assert run("salience", longest, keep=3, proxy="norm")[1].tolist() == [0, 1, 2]
 
 
 def test_one_patch_unlike_all_others_stands_out(make_features):

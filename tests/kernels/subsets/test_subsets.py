@@ -9,6 +9,7 @@ from prismserve.kernels.subsets import (
     closest,
     drop_alike,
     farthest_first,
+    fold_alike,
     largest_determinant,
     merge_alike,
     merge_rows,
@@ -123,6 +124,10 @@ def test_native_kernels_find_what_is_most_alike(count, width, clusters):
     partners = torch.arange(count)[:: max(1, count // 9)]
     others = torch.arange(count)[1::2]
     assert_same(*both(lambda: [closest(rows, others, partners)]))
+    if len(partners) < count:
+        native, plain = both(lambda: fold_alike(rows, partners, 0.3))
+        assert torch.allclose(native, plain, atol=1e-6)
+        assert torch.allclose(native.sum(1), torch.ones(len(partners)))
     for keep in {0, (count - 1) // 3, count - 1}:
         assert_same(*both(lambda keep=keep: [most_alike(rows, partners, keep)]))
 
