@@ -54,16 +54,17 @@ class Options:
 def run(options: Options, folder: Path) -> str:
     """Measure what is asked for and write page and file after each part; the page."""
     path = folder / f"{NAME}.json"
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     text = ""
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         if part not in options.parts:
             continue
         with observed() as conditions:
-            document[part] = _exposed(options) if part == "exposed" else _accuracy(options)
-        document[part]["conditions"] = dataclasses.asdict(conditions)
-        document[part]["measured"] = conditions.sentence()
+            found = _exposed(options) if part == "exposed" else _accuracy(options)
+        found |= {"conditions": dataclasses.asdict(conditions), "measured": conditions.sentence()}
+        # Read as late as this, so that parts may be measured side by side.
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        document[part] = found
         text = page(document)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         (folder / f"{NAME}.md").write_text(text, encoding="utf-8")

@@ -118,29 +118,40 @@ async def measure(
     Args:
         shape: of the checkpoint, made in ``cache`` if it is not there yet.
         cache: folder of checkpoints.
-        rounds: pictures for each plan, beside a first one that is not counted: it opens links and warms up.
+        rounds: pictures for each plan, behind a few that are not counted.
         start_timeout_s: how long workers may take to be ready.
         limit_s: so long after the workers are ready no round is begun, but the first that counts.
         say: told what is being done.
     """
     directory = _with_chat(llava(cache, shape))
     asked = plans(shape)
-    found: dict[Plan, list[Usage]] = {}
+    found: list[list[Usage]] = [[] for _ in asked]
     pictures = _pictures(shape)
     async with SmallCluster(str(directory), start_timeout_s=start_timeout_s, say=say) as cluster:
         await asyncio.gather(*(cluster.add_process(role, **PATIENT) for role in (Role.PREFILL, Role.DECODE)))
         await cluster.open_router(2, **PATIENT_ROUTER)
         deadline_s = time.monotonic() + limit_s
-        for number in range(rounds + 1):
+        # Every codec and both sizes once, uncounted: links are opened, kernels loaded, allocators warm.
+        for plan in (asked[0], *asked[len(CODECS) :]):
+            await cluster.ask(_turn(plan, next(pictures)))
+        say("links are open and every codec has been used")
+        for number in range(1, rounds + 1):
             if number > 1 and time.monotonic() >= deadline_s:
                 break
-            for plan in asked:
-                turn = Turn((_QUESTION,), (next(pictures),), max_tokens=2, compression=plan.compression)
-                answer = await cluster.ask(turn)
-                if number:
-                    found.setdefault(plan, []).append(answer.usage)
-            say(f"round {number} of {rounds}" + ("" if number else " (not counted)"))
-    return [summarise(plan, usages) for plan, usages in found.items()]
+            for plan, usages in zip(asked, found, strict=True):
+                answer = await cluster.ask(_turn(plan, next(pictures)))
+                usages.append(answer.usage)
+                say(f"round {number} of {rounds}: {_told(plan, answer.usage)}")
+    return [summarise(plan, usages) for plan, usages in zip(asked, found, strict=True)]
+
+
+def _turn(plan: Plan, picture: bytes) -> Turn:
+    return Turn((_QUESTION,), (picture,), max_tokens=2, compression=plan.compression)
+
+
+def _told(plan: Plan, usage: Usage) -> str:
+    exposed = f"{usage.transfer_exposed_ms:.1f} of {usage.ttft_ms:.0f} ms exposed"
+    return f"{plan.visual_tokens} visual tokens, {plan.codec}: {exposed}"
 
 
 def summarise(plan: Plan, usages: Sequence[Usage]) -> Exposure:
