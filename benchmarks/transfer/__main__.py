@@ -2,7 +2,7 @@
 
     python -m benchmarks.transfer [--rounds N] [--sizes KIB,KIB,...] [--out FOLDER] [--cache FOLDER]
     python -m benchmarks.transfer --end-to-end [exposed] [accuracy] [--rounds N] [--per-family N]
-        [--start-timeout-s SECONDS] [--quick] [--out FOLDER] [--cache FOLDER]
+        [--start-timeout-s SECONDS] [--limit-s SECONDS] [--quick] [--out FOLDER] [--cache FOLDER]
 
 Links are measured twice: as NIXL connects two processes of one machine, and in a second process with ``UCX_TLS=tcp``,
 where Mooncake's TCP engine takes part. It lives in an environment of its own in the cache folder, made when it is not
@@ -88,6 +88,7 @@ def _end_to_end(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         per_family=options.per_family,
         quick=options.quick,
         start_timeout_s=options.start_timeout_s,
+        limit_s=options.limit_s,
         cache=options.cache,
     )
     if min(asked.rounds, asked.per_family) < 1 or asked.start_timeout_s <= 0:
@@ -118,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=end_to_end.START_TIMEOUT_S,
         help="how long a worker may take to be ready (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        default=end_to_end.LIMIT_S,
+        help="a part begins no new round or scene so long after its workers are ready (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="whole requests to a tiny model: does it all work?")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -6,17 +6,20 @@ import asyncio
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from benchmarks.demo_accuracy import Question, Score, draw_questions, encode
+from benchmarks.transfer.exposure import PATIENT, PATIENT_ROUTER
 from benchmarks.workers import SmallCluster, Turn
 from prismserve.core.types import Role
 
 if TYPE_CHECKING:
     from prismserve.router.usage import Usage
 
+T = TypeVar("T")
 OFF: Final = "none"
 CONTROL: Final = "random"
 METHOD: Final = "prism"
@@ -53,7 +56,6 @@ SETTINGS: Final = (
     Setting(OFF, 1.0, "int8"),
     Setting(OFF, 1.0, "int4"),
     Setting(METHOD, 0.5, "int8"),
-    Setting(METHOD, 0.5, "int4"),
     Setting(METHOD, 0.25, "none"),
     Setting(METHOD, 0.25, "int8"),
     Setting(METHOD, 0.25, "int4"),
@@ -110,12 +112,14 @@ async def measure(
     per_family: int,
     settings: Sequence[Setting],
     start_timeout_s: float,
+    limit_s: float,
     say: Callable[[str], None],
 ) -> list[Row]:
     """Ask one prefill and one decode worker the same held-out questions in every setting and its control.
 
     All settings answer about one scene before the next scene comes, in an order that turns with each scene. The first
     question about a scene is alone, so that all KV of the picture is new to the decode worker; the others share it.
+    No scene is begun ``limit_s`` after the workers are ready: every setting has then answered the same questions.
     """
     questions = draw_questions(per_family)
     scenes: dict[int, list[int]] = {}
@@ -124,10 +128,9 @@ async def measure(
     every = with_controls(settings)
     answers = {setting: Answers() for setting in every}
     async with SmallCluster(start_timeout_s=start_timeout_s, say=say) as cluster:
-        for role in (Role.PREFILL, Role.DECODE):
-            await cluster.add_process(role)
-        await cluster.open_router(2)
-        rest = iter(enumerate(scenes.items()))
+        await asyncio.gather(*(cluster.add_process(role, **PATIENT) for role in (Role.PREFILL, Role.DECODE)))
+        await cluster.open_router(2, **PATIENT_ROUTER)
+        rest = _until(time.monotonic() + limit_s, enumerate(scenes.items()))
         await asyncio.gather(*(_work(cluster, rest, questions, answers, say) for _ in range(SCENES_IN_FLIGHT)))
         layout = cluster.facts.layout if cluster.facts is not None else None
         if layout is None:
@@ -140,6 +143,13 @@ def with_controls(settings: Iterable[Setting]) -> list[Setting]:
     """Each setting, and behind it its control."""
     found = (one for setting in settings for one in (setting, setting.control) if one is not None)
     return list(dict.fromkeys(found))
+
+
+def _until(deadline_s: float, items: Iterable[T]) -> Iterator[T]:
+    for item in items:
+        if time.monotonic() >= deadline_s:
+            return
+        yield item
 
 
 async def _work(

@@ -25,6 +25,7 @@ NAME: Final = "transfer_end_to_end"
 ROUNDS: Final = 7
 PER_FAMILY: Final = 100
 START_TIMEOUT_S: Final = 600.0
+LIMIT_S: Final = 7200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Options:
         per_family: questions of each family.
         quick: a tiny checkpoint and few settings, to see whether it all works.
         start_timeout_s: how long a worker may take to be ready.
+        limit_s: how long after its workers are ready a part begins no new round or scene.
         cache: folder of checkpoints.
     """
 
@@ -45,22 +47,24 @@ class Options:
     per_family: int = PER_FAMILY
     quick: bool = False
     start_timeout_s: float = START_TIMEOUT_S
+    limit_s: float = LIMIT_S
     cache: Path = Path()
 
 
 def run(options: Options, folder: Path) -> str:
     """Measure what is asked for and write page and file after each part; the page."""
     path = folder / f"{NAME}.json"
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     text = ""
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         if part not in options.parts:
             continue
         with observed() as conditions:
-            document[part] = _exposed(options) if part == "exposed" else _accuracy(options)
-        document[part]["conditions"] = dataclasses.asdict(conditions)
-        document[part]["measured"] = conditions.sentence()
+            found = _exposed(options) if part == "exposed" else _accuracy(options)
+        found |= {"conditions": dataclasses.asdict(conditions), "measured": conditions.sentence()}
+        # Read as late as this, so that parts may be measured side by side.
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        document[part] = found
         text = page(document)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
@@ -70,14 +74,16 @@ def run(options: Options, folder: Path) -> str:
 def _exposed(options: Options) -> dict[str, Any]:
     shape = LLAVA_TINY if options.quick else LLAVA
     say = _Progress("exposed transfer")
-    rows = asyncio.run(exposure.measure(shape, options.cache, options.rounds, options.start_timeout_s, say))
+    rows = asyncio.run(
+        exposure.measure(shape, options.cache, options.rounds, options.start_timeout_s, options.limit_s, say)
+    )
     return {"model": "tiny" if options.quick else "0.45 B", "rows": exposure.document(rows)}
 
 
 def _accuracy(options: Options) -> dict[str, Any]:
     settings = accuracy.SETTINGS[:4] if options.quick else accuracy.SETTINGS
     say = _Progress("accuracy")
-    rows = asyncio.run(accuracy.measure(options.per_family, settings, options.start_timeout_s, say))
+    rows = asyncio.run(accuracy.measure(options.per_family, settings, options.start_timeout_s, options.limit_s, say))
     return {"rows": accuracy.document(rows)}
 
 

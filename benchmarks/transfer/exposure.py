@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,29 @@ from PIL import Image
 from benchmarks.engine.checkpoints import Shape, llava
 from benchmarks.workers import SmallCluster, Turn, png
 from prismserve.core.types import Role
+from prismserve.kv_transfer.config import TransferConfig
 
 if TYPE_CHECKING:
     from prismserve.router.usage import Usage
 
 CODECS: Final = ("none", "int8", "int4")
 FEW_TOKENS: Final = 64
+_PATIENCE_S: Final = 900.0
+PATIENT: Final[Mapping[str, Any]] = {
+    "transfer": TransferConfig(arena_bytes=64 << 20, lease_ttl_s=_PATIENCE_S, notify_timeout_s=_PATIENCE_S),
+    "kv_wait_timeout_s": _PATIENCE_S,
+    "peer_timeout_s": _PATIENCE_S,
+}
+"""Of workers: on a machine that others keep busy a prefill may take minutes, and must not be given up."""
+PATIENT_ROUTER: Final[Mapping[str, Any]] = {"request_timeout_s": _PATIENCE_S, "worker_silence_s": _PATIENCE_S}
 _QUESTION: Final = "What is in the picture?"
 _METHOD: Final = "visionzip"
+_TEMPLATE_FILE: Final = "chat_template.jinja"
+_TEMPLATE: Final = (
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}\n{% endfor %}assistant:"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +106,52 @@ def plans(shape: Shape) -> tuple[Plan, ...]:
 
 
 async def measure(
-    shape: Shape, cache: Path, rounds: int, start_timeout_s: float, say: Callable[[str], None]
+    shape: Shape,
+    cache: Path,
+    rounds: int,
+    start_timeout_s: float,
+    limit_s: float,
+    say: Callable[[str], None],
 ) -> list[Exposure]:
     """Ask one prefill and one decode worker about pictures they have never seen, one at a time, the plans in turns.
 
     Args:
         shape: of the checkpoint, made in ``cache`` if it is not there yet.
         cache: folder of checkpoints.
-        rounds: pictures for each plan, beside a first one that is not counted: it opens links and warms up.
+        rounds: pictures for each plan, behind a few that are not counted.
         start_timeout_s: how long workers may take to be ready.
+        limit_s: so long after the workers are ready no round is begun, but the first that counts.
         say: told what is being done.
     """
-    directory = llava(cache, shape)
+    directory = _with_chat(llava(cache, shape))
     asked = plans(shape)
-    found: dict[Plan, list[Usage]] = {}
+    found: list[list[Usage]] = [[] for _ in asked]
     pictures = _pictures(shape)
     async with SmallCluster(str(directory), start_timeout_s=start_timeout_s, say=say) as cluster:
-        for role in (Role.PREFILL, Role.DECODE):
-            await cluster.add_process(role)
-        await cluster.open_router(2)
-        for number in range(rounds + 1):
-            for plan in asked:
-                turn = Turn((_QUESTION,), (next(pictures),), max_tokens=2, compression=plan.compression)
-                answer = await cluster.ask(turn)
-                if number:
-                    found.setdefault(plan, []).append(answer.usage)
-            say(f"round {number} of {rounds}" + ("" if number else " (not counted)"))
-    return [summarise(plan, usages) for plan, usages in found.items()]
+        await asyncio.gather(*(cluster.add_process(role, **PATIENT) for role in (Role.PREFILL, Role.DECODE)))
+        await cluster.open_router(2, **PATIENT_ROUTER)
+        deadline_s = time.monotonic() + limit_s
+        # Every codec and both sizes once, uncounted: links are opened, kernels loaded, allocators warm.
+        for plan in (asked[0], *asked[len(CODECS) :]):
+            await cluster.ask(_turn(plan, next(pictures)))
+        say("links are open and every codec has been used")
+        for number in range(1, rounds + 1):
+            if number > 1 and time.monotonic() >= deadline_s:
+                break
+            for plan, usages in zip(asked, found, strict=True):
+                answer = await cluster.ask(_turn(plan, next(pictures)))
+                usages.append(answer.usage)
+                say(f"round {number} of {rounds}: {_told(plan, answer.usage)}")
+    return [summarise(plan, usages) for plan, usages in zip(asked, found, strict=True)]
+
+
+def _turn(plan: Plan, picture: bytes) -> Turn:
+    return Turn((_QUESTION,), (picture,), max_tokens=2, compression=plan.compression)
+
+
+def _told(plan: Plan, usage: Usage) -> str:
+    exposed = f"{usage.transfer_exposed_ms:.1f} of {usage.ttft_ms:.0f} ms exposed"
+    return f"{plan.visual_tokens} visual tokens, {plan.codec}: {exposed}"
 
 
 def summarise(plan: Plan, usages: Sequence[Usage]) -> Exposure:
@@ -144,6 +180,18 @@ def summarise(plan: Plan, usages: Sequence[Usage]) -> Exposure:
 def document(rows: Sequence[Exposure]) -> list[dict[str, Any]]:
     """The rows as plain data, with the verdicts."""
     return [dataclasses.asdict(row) | {"met": row.met} for row in rows]
+
+
+def _with_chat(checkpoint: Path) -> Path:
+    """The same checkpoint beside it with a chat template that places images, which the benchmark of engines needs not."""
+    folder = checkpoint.with_name(f"{checkpoint.name}-chat")
+    folder.mkdir(exist_ok=True)
+    for path in checkpoint.iterdir():
+        link = folder / path.name
+        if path.name != _TEMPLATE_FILE and not link.exists():
+            link.symlink_to(path)
+    (folder / _TEMPLATE_FILE).write_text(_TEMPLATE, encoding="utf-8")
+    return folder
 
 
 def _pictures(shape: Shape) -> Iterator[bytes]:

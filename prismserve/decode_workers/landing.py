@@ -31,7 +31,7 @@ from prismserve.worker_runtime.jobs import failure
 if TYPE_CHECKING:
     from prismserve.core.types import KVLayout, Manifest, MethodSpec, PrefillReport, Request, Reservation
     from prismserve.engine.constraints import Matcher
-    from prismserve.engine.engine import ImportTicket
+    from prismserve.engine.engine import Engine, ImportTicket
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.runtime import WorkerRuntime
     from prismserve.worker_runtime.sessions import RequestRef
@@ -273,12 +273,6 @@ class Landing:
         arrival.committing = True
         began_s = time.monotonic()
         try:
-            if not await runtime.on_engine(lambda engine: engine.import_accepts(ticket, manifest.layer_tokens)):
-                text = (
-                    f"manifest covers {manifest.layer_tokens} tokens by layer, which does not fit the request's prompt "
-                    f"of {ticket.prompt_tokens}"
-                )
-                raise TransferError(text, request_id=request.request_id)
             verified = runtime.receiver.commit(message_lease(arrival), generation, manifest)
             try:
                 await asyncio.wait_for(asyncio.wrap_future(verified), runtime.config.peer_timeout_s)
@@ -288,24 +282,35 @@ class Landing:
             if self._arrivals.get(arrival.ref) is not arrival:
                 text = f"request {request.request_id} attempt {request.attempt} was cancelled"
                 raise LeaseExpiredError(text, request_id=request.request_id)
+            self._forget(arrival)
+            await runtime.on_engine(lambda engine: _join(engine, ticket, request, manifest, report, began_s))
         except PrismServeError:
             await self._abandon(arrival)
             raise
-        self._forget(arrival)
-        # What the sender could not know: how long its last bytes took to be verified and decoded here.
-        settled_ms = (time.monotonic() - began_s) * 1e3
-        report = dataclasses.replace(report, transfer_exposed_ms=report.transfer_exposed_ms + settled_ms)
-        await runtime.on_engine(
-            lambda engine: engine.finish_import(
-                ticket,
-                request,
-                manifest.first_token_ids,
-                manifest.next_position,
-                report,
-                manifest.first_logprobs,
-                layer_tokens=manifest.layer_tokens,
-            )
+
+
+def _join(
+    engine: Engine, ticket: ImportTicket, request: Request, manifest: Manifest, report: PrefillReport, began_s: float
+) -> None:
+    """Let a request whose KV is verified decode; every look at the engine is in this one wait for its step to end."""
+    if not engine.import_accepts(ticket, manifest.layer_tokens):
+        text = (
+            f"manifest covers {manifest.layer_tokens} tokens by layer, which does not fit the request's prompt "
+            f"of {ticket.prompt_tokens}"
         )
+        raise TransferError(text, request_id=request.request_id)
+    # What the sender could not know: how long it took here, from its commit on.
+    exposed_ms = report.transfer_exposed_ms + (time.monotonic() - began_s) * 1e3
+    report = dataclasses.replace(report, transfer_exposed_ms=exposed_ms)
+    engine.finish_import(
+        ticket,
+        request,
+        manifest.first_token_ids,
+        manifest.next_position,
+        report,
+        manifest.first_logprobs,
+        layer_tokens=manifest.layer_tokens,
+    )
 
 
 def message_lease(arrival: Arrival) -> int:

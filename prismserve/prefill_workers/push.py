@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from prismserve.core.types import Reservation
+    from prismserve.engine.engine import ExportView
     from prismserve.worker_runtime.jobs import Submission
     from prismserve.worker_runtime.peers import Peer
     from prismserve.worker_runtime.runtime import WorkerRuntime
@@ -175,6 +176,16 @@ class PushJob:
         self._export.attach(self._outgoing)
         return peer, reservation
 
+    async def _layer_tokens(self, view: ExportView) -> tuple[int, ...]:
+        """Slots of each layer, now that the prefill is over.
+
+        Without a prefill method they were known when the blocks were allocated. The engine is not asked then: it may
+        have begun a step for other requests, and this one's first token would wait for its end.
+        """
+        if self._request.compression.prefill.name == "none":
+            return view.layer_tokens
+        return await self._runtime.on_engine(lambda engine: engine.export_view(*self._submission.ref).layer_tokens)
+
     async def _commit(self, peer: Peer, reservation: Reservation, output: TokenOutput) -> None:
         """Wait for the last write, state what was written, and have the decode worker accept it."""
         runtime, request, outgoing, view = self._runtime, self._request, self._outgoing, self._export.view
@@ -182,7 +193,7 @@ class PushJob:
             message = "the prefill ended without blocks or without a reservation"
             raise EngineError(message, request_id=request.request_id)
         timeout_s = runtime.config.peer_timeout_s
-        layer_tokens = await runtime.on_engine(lambda engine: engine.export_view(*self._submission.ref).layer_tokens)
+        layer_tokens = await self._layer_tokens(view)
         self._export.complete(layer_tokens)
         payloads = await self._within(asyncio.wrap_future(outgoing.complete()), "the last write")
         expected = Expected(

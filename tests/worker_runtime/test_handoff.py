@@ -114,6 +114,34 @@ async def test_nothing_is_held_when_all_is_said(world: Any) -> None:
         assert worker.sessions.requests == 0
 
 
+async def test_a_handoff_does_not_wait_for_the_engine_that_prefilled(world: Any, monkeypatch: Any) -> None:
+    def asked(*_: Any) -> None:
+        message = "the engine may be in a step for somebody else"
+        raise AssertionError(message)
+
+    monkeypatch.setattr(world.workers[0].engine, "export_view", asked)
+    answer = await world.ask(SEED + 76, "Describe the image.")
+    assert answer.usage.attempts == 1
+    assert 0.0 < answer.usage.transfer_exposed_ms < answer.usage.ttft_ms
+
+
+async def test_kv_that_does_not_fit_its_request_is_refused_and_frees_what_it_held(world: Any, monkeypatch: Any) -> None:
+    engine = world.workers[1].engine
+    accepts, refused = engine.import_accepts, []
+
+    def once(ticket: Any, layer_tokens: Any) -> bool:
+        if refused:
+            return bool(accepts(ticket, layer_tokens))
+        refused.append(layer_tokens)
+        return False
+
+    monkeypatch.setattr(engine, "import_accepts", once)
+    answer = await world.ask(SEED + 77, "Describe the image.")
+    assert len(refused) == 1
+    assert answer.usage.attempts == 2
+    await test_nothing_is_held_when_all_is_said(world)
+
+
 async def test_a_cancelled_stream_frees_everything(world: Any) -> None:
     task = asyncio.create_task(world.ask(SEED + 80, "Describe the image.", ignore_eos=True, max_tokens=1500))
     await asyncio.sleep(0.5)
