@@ -21,6 +21,7 @@ from prismserve.engine.checks import accepts_layers, check_arrival, check_compac
 from prismserve.engine.constraints import ConstraintCompiler, checked_matcher
 from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
+from prismserve.engine.focusing import plan_focusing
 from prismserve.engine.foundation import lay_foundation
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
@@ -482,7 +483,9 @@ class Engine:
         self._next_order += 1
         size = self.config.block_tokens
         sequence = Sequence.create(self._next_order, request, work, namespace, size, self._clock())
-        sequence.prune(plan_pruning(request, sequence.spans, self._model.decoder.config, self._processor, size), size)
+        decoder = self._model.decoder.config
+        sequence.prune(plan_pruning(request, sequence.spans, decoder, self._processor, size), size)
+        sequence.focus(plan_focusing(request, sequence.spans, decoder), size)
         return sequence
 
     def _check_new(self, sequence: Sequence) -> None:
