@@ -82,6 +82,7 @@ def disk_rates(folder: Path, block_bytes: int, blocks: int, rounds: int, threads
     # As a KV pool's blocks lie.
     memory = mmap.mmap(-1, blocks * aligned(block_bytes))
     target = torch.frombuffer(memory, dtype=torch.uint8).view(blocks, -1)[:, :block_bytes]
+    target.zero_()
     config = TierConfig(
         disk_path=str(folder),
         disk_bytes=blocks * (aligned(block_bytes) + 128) + (1 << 20),

@@ -21,7 +21,7 @@ from prismserve.kv_transfer.costs import FIRST_GUESS_TIER_BYTES_PER_S
 from prismserve.kv_transfer.latency import CurveFit
 from prismserve.kv_transfer.tiers.calibration import Calibration
 from prismserve.kv_transfer.tiers.eviction import Label
-from prismserve.kv_transfer.tiers.restore import FIXED_S, SAFE_SHARE, Restore, decide
+from prismserve.kv_transfer.tiers.restore import FIXED_S, Restore, decide
 from prismserve.kv_transfer.tiers.store import TierStore
 from prismserve.worker_runtime.image_shelf import ImageShelf, owner_bytes
 
@@ -139,7 +139,8 @@ class Tiering:
             taken = await self._bring_back(request, worker, keys, plan.first, plan.blocks)
         except (PrismServeError, TimeoutError) as error:
             self.misses += 1
-            self._restore_errors.add(plan.restore_s, time.perf_counter() - started_s)
+            if isinstance(error, TimeoutError):
+                self._restore_errors.add(plan.restore_s, time.perf_counter() - started_s)
             logger.info("request %s: nothing was restored: %s", request.request_id, str(error) or "it took too long")
             return 0
         if taken == plan.blocks:
@@ -220,8 +221,8 @@ class Tiering:
             bytes_per_s=self.rates(),
             saved_s=self._saved_s(request, first * size, len(run) * size),
             blocks_min=self._config.restore_blocks_min,
-            restore_error=self._restore_errors.quantile(SAFE_SHARE),
-            compute_error=self._prefill_errors.quantile(1.0 - SAFE_SHARE),
+            restore_error=self._restore_errors.quantile(self._config.restore_confidence),
+            compute_error=self._prefill_errors.quantile(1.0 - self._config.restore_confidence),
         )
 
     def _saved_s(self, request: Request, cached: int, restored: int) -> float:

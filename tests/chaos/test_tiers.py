@@ -27,7 +27,10 @@ async def world(open_world: Callable[[], Any], tmp_path_factory: Any) -> AsyncIt
     """One worker whose only tier is a file."""
     made = open_world()
     made.folder = tmp_path_factory.mktemp("tier")
-    await made.add(Role.MIXED, tiers=TierConfig(host_bytes=0, disk_path=str(made.folder), disk_bytes=32 << 20))
+    await made.add(
+        Role.MIXED,
+        tiers=TierConfig(host_bytes=0, disk_path=str(made.folder), disk_bytes=32 << 20, restore_confidence=0.5),
+    )
     await made.open_router()
     yield made
 
@@ -134,7 +137,9 @@ async def test_a_drive_that_is_full_while_writing_costs_the_tier_and_no_request(
     open_world: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = open_world()
-    worker = await world.add(Role.MIXED, tiers=TierConfig(host_bytes=0, disk_path=str(tmp_path), disk_bytes=32 << 20))
+    worker = await world.add(
+        Role.MIXED, tiers=TierConfig(host_bytes=0, disk_path=str(tmp_path), disk_bytes=32 << 20, restore_confidence=0.5)
+    )
     await world.open_router()
     expected, _ = await ask(world, call_of(SCENE + 20, cache_salt="baseline"))
     monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
@@ -164,7 +169,7 @@ async def test_a_drive_that_is_full_from_the_start_turns_the_tier_off(
     open_world: Callable[[], Any], full_disk: Path
 ) -> None:
     world = open_world()
-    tiers = TierConfig(host_bytes=0, disk_path=str(full_disk), disk_bytes=32 << 20)
+    tiers = TierConfig(host_bytes=0, disk_path=str(full_disk), disk_bytes=32 << 20, restore_confidence=0.5)
     worker = await world.add(Role.MIXED, tiers=tiers)
     await world.open_router()
     first, _ = await ask(world, call_of(SCENE + 21))

@@ -22,7 +22,7 @@ async def world(open_world: Callable[[], Any], tmp_path_factory: Any) -> AsyncIt
     """One worker with tiers below its device."""
     made = open_world()
     folder = tmp_path_factory.mktemp("tier")
-    made.tiers = TierConfig(host_bytes=64 << 20, disk_path=str(folder), disk_bytes=32 << 20)
+    made.tiers = TierConfig(host_bytes=64 << 20, disk_path=str(folder), disk_bytes=32 << 20, restore_confidence=0.5)
     await made.add(Role.MIXED, tiers=made.tiers)
     await made.open_router(measured_costs=False)
     yield made
@@ -83,7 +83,7 @@ async def test_a_flipped_bit_costs_a_recompute_never_an_answer(world: Any) -> No
 
 async def test_a_restarted_worker_finds_the_blocks_of_the_one_before(open_world: Any, tmp_path: Any) -> None:
     world = open_world()
-    tiers = TierConfig(host_bytes=0, disk_path=str(tmp_path), disk_bytes=32 << 20)
+    tiers = TierConfig(host_bytes=0, disk_path=str(tmp_path), disk_bytes=32 << 20, restore_confidence=0.5)
     first = await world.add(Role.MIXED, tiers=tiers)
     await world.open_router(measured_costs=False)
     before = await world.ask(SCENE + 2, QUESTION)
@@ -99,7 +99,7 @@ async def test_a_restarted_worker_finds_the_blocks_of_the_one_before(open_world:
 
 async def test_a_peer_is_sent_blocks_and_images_that_lie_in_host_memory(open_world: Any) -> None:
     world = open_world()
-    tiers = TierConfig(host_bytes=64 << 20)
+    tiers = TierConfig(host_bytes=64 << 20, restore_confidence=0.5)
     holder = await world.add(Role.MIXED, tiers=tiers)
     await world.open_router(measured_costs=False)
     before = await world.ask(SCENE + 3, QUESTION)

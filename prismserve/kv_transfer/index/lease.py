@@ -108,6 +108,9 @@ class WorkerLease:
         state = None
         while not self._stopping:
             try:
+                if not self._announce_all:
+                    # What has changed does not wait for the answer to a renewal.
+                    await self._send()
                 if loop.time() >= next_beat_s or state is not self._info.state:
                     next_beat_s = loop.time() + self._config.heartbeat_interval_s
                     state = self._info.state

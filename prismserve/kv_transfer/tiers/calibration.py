@@ -6,6 +6,8 @@ from collections import deque
 from typing import Final
 
 _SAMPLES_MAX: Final = 64
+_SAMPLES_MIN: Final = 24
+"""What is lacking to so many counts as predicted rightly, so that one outlier in the beginning decides nothing."""
 _SHORTEST_S: Final = 1e-6
 
 
@@ -33,7 +35,5 @@ class Calibration:
 
     def quantile(self, share: float) -> float:
         """The ratio below which this share of the samples lies, by nearest rank; 1 without samples."""
-        if not self._ratios:
-            return 1.0
-        ordered = sorted(self._ratios)
+        ordered = sorted([*self._ratios, *[1.0] * (_SAMPLES_MIN - len(self._ratios))])
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -25,6 +25,8 @@ class TierConfig(FrozenConfig):
         images: embeddings of images are kept too, each in blocks of its own.
         queue_blocks_max: blocks that wait to be copied to a tier; further ones are not kept.
         restore_blocks_min: shortest run of blocks that is worth restoring.
+        restore_confidence: share of restores that shall be faster than computing, by how far predictions of both were off
+            lately; 0.5 goes by the typical error, 1 by the worst.
         restore_timeout_s: how long a request waits for its blocks to come back before they are computed instead.
         io_threads: reads and writes of the file at one time.
         disk_errors_max: failed reads or writes in a row that turn the file tier off.
@@ -37,6 +39,7 @@ class TierConfig(FrozenConfig):
     images: bool = True
     queue_blocks_max: PositiveInt = 4096
     restore_blocks_min: PositiveInt = 2
+    restore_confidence: float = Field(default=0.95, ge=0.5, le=1.0)
     restore_timeout_s: PositiveSeconds = 5.0
     io_threads: int = Field(default=4, ge=1, le=64)
     disk_errors_max: PositiveInt = 3

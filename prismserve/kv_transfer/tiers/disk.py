@@ -53,7 +53,7 @@ class DiskTier(Slots):
         self._file: SlabFile | None = None
         self._retired: SlabFile | None = None
         self._buffers = config.io_threads
-        self._scratch: queue.Queue[torch.Tensor] = queue.Queue()
+        self._scratch: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         try:
             file = SlabFile(Path(config.disk_path), config.disk_bytes, block_bytes, identity)
         except OSError as error:

@@ -14,10 +14,6 @@ FIXED_S: Final = 0.001
 """What a restore costs beside the bytes: a thread hop and a call between two engine steps."""
 
 
-SAFE_SHARE: Final = 0.95
-"""A restore is tried where it would have been faster in at least this share of cases, by each side's own errors."""
-
-
 @dataclass(frozen=True, slots=True)
 class Restore:
     """A decision and its grounds.

@@ -148,9 +148,6 @@ class TierStore:
                 except IndexError:
                     return
                 sources[index] = self._read(keys[index], targets[index])
-                if sources[index] is None:
-                    # Nothing behind it is of use.
-                    waiting.clear()
 
         others = [self._pool.submit(read) for _ in range(self._threads_for(keys) - 1)]
         read()

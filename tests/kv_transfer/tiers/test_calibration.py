@@ -8,11 +8,21 @@ from prismserve.kv_transfer.tiers.calibration import Calibration
 def test_quantiles_are_of_measured_over_predicted_time():
     errors = Calibration()
     assert errors.quantile(0.95) == 1.0
-    for number in range(1, 21):
+    for number in range(1, 41):
         errors.add(0.01, 0.01 * number)
     assert errors.quantile(0.0) == pytest.approx(1.0)
-    assert errors.quantile(0.5) == pytest.approx(11.0)
-    assert errors.quantile(0.95) == pytest.approx(20.0)
+    assert errors.quantile(0.5) == pytest.approx(21.0)
+    assert errors.quantile(0.95) == pytest.approx(39.0)
+
+
+def test_one_outlier_in_the_beginning_decides_nothing_and_two_do():
+    errors = Calibration()
+    errors.add(0.01, 0.5)
+    assert errors.quantile(0.95) == 1.0
+    errors.add(0.01, 0.4)
+    assert errors.quantile(0.95) == pytest.approx(40.0)
+    errors.add(0.01, 0.001)
+    assert errors.quantile(0.05) == 1.0
 
 
 def test_only_the_latest_count():
@@ -36,4 +46,4 @@ def test_a_bad_time_can_be_forgotten():
 def test_a_prediction_of_no_time_is_no_reason_to_fail():
     errors = Calibration()
     errors.add(0.0, 0.5)
-    assert errors.quantile(0.5) == pytest.approx(5e5)
+    assert errors.quantile(1.0) == pytest.approx(5e5)

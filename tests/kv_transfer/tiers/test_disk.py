@@ -195,15 +195,17 @@ def test_blocks_of_whole_pages_are_read_straight_into_memory_that_begins_with_a_
     blocks = [block_of(number)[:nbytes] for number in range(3)]
     for number, block in enumerate(blocks):
         tier.put(key_of(number), block, Label())
-    for scratch in list(tier._scratch.queue):
-        scratch.fill_(9)
+    buffers = [tier._scratch.get_nowait() for _ in range(config.io_threads)]
+    for buffer in buffers:
+        buffer.fill_(9)
+        tier._scratch.put(buffer)
     memory = page_aligned(2 * nbytes)
     for target in (memory[:nbytes], memory[1 : nbytes + 1], torch.empty(nbytes, dtype=torch.uint8)):
         for number, block in enumerate(blocks):
             assert tier.get(key_of(number), target) is Outcome.FOUND
             assert torch.equal(target, block)
         if target.data_ptr() % 4096 == 0:
-            assert all(bool((scratch == 9).all()) for scratch in list(tier._scratch.queue))
+            assert all(bool((buffer == 9).all()) for buffer in buffers)
     slot = tier._slots[key_of(1)]
     tier._file.write(slot, page_aligned(nbytes))
     assert tier.get(key_of(1), memory[:nbytes]) is Outcome.CORRUPT
