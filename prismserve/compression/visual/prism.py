@@ -43,7 +43,7 @@ class PrismConfig(KeepConfig):
     theta: Annotated[float, Field(ge=0.0, le=8.0, strict=True, allow_inf_nan=False)] | Literal["auto"] = 0.5
     locality: float = Field(default=0.5, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
     radius: float = Field(default=3.0, gt=0.0, le=1024.0, strict=True, allow_inf_nan=False)
-    fold: float = Field(default=0.0, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
+    fold: float = Field(default=0.3, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
 
 
 class Prism(Reducing):
