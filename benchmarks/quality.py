@@ -180,7 +180,7 @@ class Bench:
 
     def measure(self, method: str, keep: int) -> Row:
         """Ask every question."""
-        spec, plan, share = _plan(method, keep)
+        spec, plan, share = plan_of(method, keep)
         kept = VISUAL_TOKENS if method.startswith(INSIDE) else keep
         row = Row(method, keep, share)
         asks = share == Share.QUERY and not method.startswith(INSIDE)
@@ -201,7 +201,7 @@ class Bench:
         answers: dict[str, list[int]] = {}
         # The first question about a picture leaves its prefix to the others.
         for wave in (first, others):
-            answers.update(_run(engine, wave))
+            answers.update(answered(engine, wave))
         right = dict.fromkeys(FAMILIES, 0)
         asked = dict.fromkeys(FAMILIES, 0)
         for index, question in enumerate(self.questions):
@@ -245,7 +245,7 @@ class Bench:
         return statistics.median(times)
 
 
-def _plan(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, str]:
+def plan_of(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, str]:
     """The visual spec (None: the oracle), the plan of a request, and the share code."""
     none = loader.normalise(loader.visual_method("none"), {}, "compression.visual")
     if method in {"off", ORACLE}:
@@ -260,8 +260,14 @@ def _plan(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, s
     return spec, CompressionPlan(visual=spec), str(chosen.share)
 
 
-def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
-    """Tokens of each request; PrismServeError of the first that failed."""
+def answered(engine: Engine, requests: Sequence[Request], left: dict[str, int] | None = None) -> dict[str, list[int]]:
+    """Tokens of each request; PrismServeError of the first that failed.
+
+    Args:
+        engine: with room for all.
+        requests: to answer.
+        left: filled with the visual tokens left behind the last cut of a method inside the decoder.
+    """
     answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.submit(request, worker="local")
@@ -270,6 +276,8 @@ def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
             if output.error:
                 raise PrismServeError(output.error)
             answers[output.request_id] += output.token_ids
+            if left is not None and output.report is not None and output.report.visual_tokens_by_cut:
+                left[output.request_id] = output.report.visual_tokens_by_cut[-1]
     return answers
 
 
@@ -294,7 +302,8 @@ def cells(chosen: Sequence[str], keeps: Sequence[int]) -> Iterator[tuple[str, in
             yield method, keep
 
 
-def _chosen(asked: str | None, known: Sequence[str]) -> tuple[str, ...]:
+def chosen_of(asked: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The methods named, or all of them; ArgumentTypeError for one that is not known."""
     if asked is None:
         return tuple(known)
     names = tuple(asked.split(","))
@@ -318,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args(argv)
     try:
-        chosen = _chosen(arguments.methods, methods())
+        chosen = chosen_of(arguments.methods, methods())
         keeps = tuple(int(keep) for keep in arguments.keeps.split(","))
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))

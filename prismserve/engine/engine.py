@@ -303,6 +303,16 @@ class Engine:
         """Recent time of encoding one visual token before compression, in seconds; 0 before the first image."""
         return self._images.token_s.value
 
+    def take_prefills(self) -> list[tuple[int, int, float]]:
+        """Prefills since this was last asked: tokens before, tokens, and seconds; may be called from any thread.
+
+        Only of steps that did nothing else, without encoding images, and the latest of them.
+        """
+        taken, prefills = [], self._stepper.prefills
+        while prefills:
+            taken.append(prefills.popleft())
+        return taken
+
     @property
     def group_bytes(self) -> int:
         """Bytes of one full block over all layers, as :meth:`copy_block` gives it."""
@@ -427,6 +437,7 @@ class Engine:
         self.image_cache.clear()
         self._stepper.counters = Counters()
         self._stepper.prefill_rate = MovingAverage()
+        self._stepper.prefills.clear()
         self._stepper.step_ms = MovingAverage()
         self.vision.encoded = 0
         self._images.derived = 0

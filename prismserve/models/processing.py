@@ -216,6 +216,11 @@ class Processor:
         return frozenset(need for need, folder in folders.items() if folder is not None)
 
     @property
+    def family_name(self) -> str:
+        """The file of ``families`` that serves the checkpoint."""
+        return self._checkpoint.family_name
+
+    @property
     def reducible(self) -> frozenset[str] | None:
         """What a method that reduces tokens of images may ask of the encoder; None where no method may act."""
         return self.reducible_of(MediaKind.IMAGE)

@@ -49,6 +49,7 @@ _FUNCTIONS: Final = {
     "fold_alike": "pnnnpnfp",
     "merge_rows": "pnnnpnnp",
     "top_k": "pnnnnp",
+    "copy_hashed": "ppnp",
 }
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}
