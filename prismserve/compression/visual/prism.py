@@ -76,7 +76,9 @@ class Prism(Reducing):
         fading = Fading(places, config.locality, config.radius) if config.locality > 0.0 else None
         rows = projected(features)
         indices = ascending(largest_determinant(rows, kept, quality, fading))
-        return VisualPlan(indices, fold_alike(rows, indices, config.fold) if config.fold > 0.0 else None)
+        return VisualPlan(
+            indices, fold_alike(rows, indices, indices, 1.0 - config.fold, config.fold) if config.fold > 0.0 else None
+        )
 
 
 def dial(attention: torch.Tensor, kept: int) -> float:
