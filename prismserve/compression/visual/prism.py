@@ -38,12 +38,14 @@ class PrismConfig(KeepConfig):
         radius: standard deviation of that fading, in patches.
         fold: what a survivor takes in of the tokens left out that are more like it than like any other survivor (cosine of
             projected tokens): it becomes ``(1 - fold)`` of itself and ``fold`` of their mean; 0 leaves survivors as they are.
+            On 3,000 questions about 693 scenes apart from the held-out ones 0, 0.2, 0.3 and 0.5 gave 93.8, 94.1, 94.2 and
+            94.2 at 24 tokens, and 84.5, 84.7, 84.8 and 84.5 at 12.
     """
 
     theta: Annotated[float, Field(ge=0.0, le=8.0, strict=True, allow_inf_nan=False)] | Literal["auto"] = 0.5
     locality: float = Field(default=0.5, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
     radius: float = Field(default=3.0, gt=0.0, le=1024.0, strict=True, allow_inf_nan=False)
-    fold: float = Field(default=0.0, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
+    fold: float = Field(default=0.3, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
 
 
 class Prism(Reducing):
@@ -51,7 +53,8 @@ class Prism(Reducing):
 
     r is the attention of the class token, mean over heads, scaled so that its largest is 1. S is the cosine similarity
     of projected tokens times ``1 - locality + locality exp(-distance^2 / (2 radius^2))``; both factors are positive
-    semi-definite, and so is their product. Depends on the image alone; nothing is merged, survivors keep their places.
+    semi-definite, and so is their product. Every token left out is folded into the survivor it is most like. Depends on
+    the image alone; survivors keep their places.
     """
 
     name: ClassVar[str] = "prism"
@@ -73,7 +76,9 @@ class Prism(Reducing):
         fading = Fading(places, config.locality, config.radius) if config.locality > 0.0 else None
         rows = projected(features)
         indices = ascending(largest_determinant(rows, kept, quality, fading))
-        return VisualPlan(indices, fold_alike(rows, indices, config.fold) if config.fold > 0.0 else None)
+        return VisualPlan(
+            indices, fold_alike(rows, indices, indices, 1.0 - config.fold, config.fold) if config.fold > 0.0 else None
+        )
 
 
 def dial(attention: torch.Tensor, kept: int) -> float:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from prismserve.compression.base import KeepConfig, Need, Share, Stage, VisualFeatures, VisualPlan
 from prismserve.core.errors import EngineError
-from prismserve.kernels.subsets import closest
+from prismserve.kernels.subsets import fold_alike
 
 
 class VisionZipConfig(KeepConfig):
@@ -89,22 +89,13 @@ class VisionZip:
         order = torch.sort(score, descending=True, stable=True).indices
         dominant = order[: kept - contextual]
         rest = order[kept - contextual :].sort().values
-        even = (
-            slice(0, rest.shape[0] // contextual * contextual, rest.shape[0] // contextual) if contextual else slice(0)
-        )
-        targets = rest[even]
+        stride = rest.shape[0] // max(1, contextual)
+        targets = rest[: stride * contextual : stride].contiguous()
         indices = torch.cat([dominant, targets]).sort().values
         if contextual == 0 or config.merge == "none":
             return VisualPlan(indices)
-        owner = closest(features.keys.float().mean(1), rest, targets)
-        owner[even] = torch.arange(contextual, device=device)
-        members = torch.bincount(owner, minlength=contextual) - 1
-        share = (0.5 if config.merge == "mean" else 1.0) / members.clamp(min=1)
-        rows = torch.searchsorted(indices, targets.contiguous())
-        weights = torch.zeros(kept, count, device=device).scatter_(1, indices[:, None], 1.0)
-        weights[rows[owner], rest] = share[owner]
-        weights[rows, targets] = torch.where(members > 0, 0.5, 1.0) if config.merge == "mean" else 1.0
-        return VisualPlan(indices, weights)
+        own, share = (0.5, 0.5) if config.merge == "mean" else (1.0, 1.0)
+        return VisualPlan(indices, fold_alike(features.keys.float().mean(1), indices, targets, own, share))
 
 
 METHOD = VisionZip()

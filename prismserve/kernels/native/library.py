@@ -46,7 +46,7 @@ _FUNCTIONS: Final = {
     "drop_alike": "pnnnpnnn",
     "closest": "pnnnpnpnp",
     "most_alike": "pnnnpnnp",
-    "fold_alike": "pnnnpnfp",
+    "fold_alike": "pnnnpnpnffp",
     "merge_rows": "pnnnpnnp",
     "top_k": "pnnnnp",
     "copy_hashed": "ppnp",

@@ -53,11 +53,11 @@ def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tens
     return reference.most_alike(rows, among, keep)
 
 
-def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
-    """[k, N] float32 weights of what is folded into the rows ``kept``; see :func:`reference.fold_alike`."""
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, own: float, share: float) -> torch.Tensor:
+    """[k, N] float32 weights of the rows ``kept`` when others are folded in; see :func:`reference.fold_alike`."""
     if use_native(rows):
-        return native.fold_alike(rows, kept, share)
-    return reference.fold_alike(rows, kept, share)
+        return native.fold_alike(rows, kept, centres, own, share)
+    return reference.fold_alike(rows, kept, centres, own, share)
 
 
 def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -84,12 +84,13 @@ def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tens
     return found
 
 
-def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, own: float, share: float) -> torch.Tensor:
     """As the reference."""
     rows, where = _placed(rows)
-    kept = kept.contiguous()
+    kept, centres = kept.contiguous(), centres.contiguous()
     weights = torch.empty((kept.shape[0], rows.shape[0]), dtype=torch.float32)
-    call("fold_alike", *where, kept.data_ptr(), kept.shape[0], share, weights.data_ptr())
+    sizes = (kept.data_ptr(), kept.shape[0], centres.data_ptr(), centres.shape[0])
+    call("fold_alike", *where, *sizes, own, share, weights.data_ptr())
     return weights
 
 

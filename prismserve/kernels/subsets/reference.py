@@ -190,25 +190,29 @@ def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tens
     return torch.sort(similar, dim=1, descending=True, stable=True).indices[:, :keep].sort(dim=1).values
 
 
-def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
-    """What rows that are kept are made of if every other is folded into the one it is most like (cosine).
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, own: float, share: float) -> torch.Tensor:
+    """What rows that are kept are made of if every other is folded into the centre it is most like (cosine).
 
     Args:
         rows: [N, C] float32.
-        kept: [k] int64, ascending, 1 to N - 1 of them.
-        share: above 0, of the mean of what is folded into a row; the row itself has the rest, and all where nothing is.
+        kept: [k] int64, ascending, 1 to N.
+        centres: [c] int64, ascending, at least 1, all of them kept.
+        own: weight of a centre into which something is folded; every other kept row has 1.
+        share: above 0, weight of the mean of what is folded into a centre.
 
     Returns:
-        [k, N] float32 weights; of equally similar rows the first takes.
+        [k, N] float32 weights; of equally similar centres the first takes.
     """
     left = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
     left[kept] = False
     others = left.nonzero()[:, 0]
-    owner = closest(rows, others, kept)
-    members = torch.bincount(owner, minlength=kept.shape[0]).float()
+    owner = closest(rows, others, centres)
+    members = torch.bincount(owner, minlength=centres.shape[0]).float()
+    places = torch.searchsorted(kept.contiguous(), centres.contiguous())
     weights = torch.zeros(kept.shape[0], rows.shape[0], device=rows.device)
-    weights.scatter_(1, kept[:, None], torch.where(members > 0, 1.0 - share, 1.0)[:, None])
-    weights[owner, others] = (share / members.clamp(min=1.0))[owner]
+    weights.scatter_(1, kept[:, None], 1.0)
+    weights[places, centres] = torch.where(members > 0, own, 1.0)
+    weights[places[owner], others] = (share / members.clamp(min=1.0))[owner]
     return weights
 
 

@@ -60,7 +60,9 @@ def test_parameters_out_of_range_are_refused_by_field(params):
 @pytest.mark.parametrize(("count", "keep"), [(9, 4), (30, 1), (30, 29)])
 def test_folding_mixes_in_the_mean_of_the_tokens_most_like_a_survivor(count, keep, share, make_features):
     features = make_features(count, seed=count + keep)
-    indices = run("prism", features, keep=keep)[1].tolist()
+    whole, kept = run("prism", features, keep=keep, fold=0.0)
+    indices = kept.tolist()
+    assert torch.equal(whole, features.tokens[kept]), "nothing is merged"
     tokens, same = run("prism", features, keep=keep, fold=share)
     assert same.tolist() == indices
     x = rows(features.projected)

@@ -124,10 +124,12 @@ def test_native_kernels_find_what_is_most_alike(count, width, clusters):
     partners = torch.arange(count)[:: max(1, count // 9)]
     others = torch.arange(count)[1::2]
     assert_same(*both(lambda: [closest(rows, others, partners)]))
-    if len(partners) < count:
-        native, plain = both(lambda: fold_alike(rows, partners, 0.3))
+    for centres, own, share in ((partners, 0.7, 0.3), (partners[::2], 1.0, 1.0)):
+        native, plain = both(
+            lambda centres=centres, own=own, share=share: fold_alike(rows, partners, centres, own, share)
+        )
         assert torch.allclose(native, plain, atol=1e-6)
-        assert torch.allclose(native.sum(1), torch.ones(len(partners)))
+        assert torch.equal(native != 0, plain != 0)
     for keep in {0, (count - 1) // 3, count - 1}:
         assert_same(*both(lambda keep=keep: [most_alike(rows, partners, keep)]))
 

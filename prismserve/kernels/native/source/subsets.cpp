@@ -338,14 +338,15 @@ int ps_most_alike(const float* data, int64_t stride, int64_t count, int64_t widt
     });
 }
 
-// weights [keep, count]: what the rows `kept`, ascending, are made of. See fold_alike in reference.py.
+// weights [keep, count]: what the rows `kept` are made of, of which `centres` take in others; both ascending. See
+// fold_alike in reference.py.
 int ps_fold_alike(const float* data, int64_t stride, int64_t count, int64_t width, const int64_t* kept, int64_t keep,
-                  float share, float* weights) {
+                  const int64_t* centres, int64_t middle, float own, float share, float* weights) {
     return guarded([&] {
         const Rows rows{data, stride, count, width};
         const std::vector<float> inverse = inverse_norms(rows);
-        const std::vector<int64_t> into(kept, kept + keep);
-        std::vector<int64_t> others, members(keep, 0);
+        const std::vector<int64_t> into(centres, centres + middle);
+        std::vector<int64_t> others, members(middle, 0), places(middle);
         for (int64_t i = 0, next = 0; i < count; ++i)
             if (next < keep && kept[next] == i)
                 ++next;
@@ -354,12 +355,16 @@ int ps_fold_alike(const float* data, int64_t stride, int64_t count, int64_t widt
         std::vector<float> panels, block;
         std::vector<Match> found;
         pack(rows, into, inverse, panels);
-        match(rows, others, keep, inverse, panels, block, found);
-        for (const Match& one : found) ++members[one.partner];
+        match(rows, others, middle, inverse, panels, block, found);
         std::fill_n(weights, keep * count, 0.0f);
-        for (int64_t k = 0; k < keep; ++k) weights[k * count + kept[k]] = members[k] ? 1.0f - share : 1.0f;
+        for (int64_t k = 0; k < keep; ++k) weights[k * count + kept[k]] = 1.0f;
+        for (const Match& one : found) ++members[one.partner];
+        for (int64_t m = 0; m < middle; ++m) {
+            places[m] = std::lower_bound(kept, kept + keep, centres[m]) - kept;
+            if (members[m]) weights[places[m] * count + centres[m]] = own;
+        }
         for (const Match& one : found)
-            weights[one.partner * count + others[one.proposer]] = share / static_cast<float>(members[one.partner]);
+            weights[places[one.partner] * count + others[one.proposer]] = share / static_cast<float>(members[one.partner]);
     });
 }
 
