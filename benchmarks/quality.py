@@ -1,6 +1,6 @@
 """Exact match of the reference model by visual-token budget, for every method that reduces visual tokens.
 
-    python -m benchmarks.quality [--per-family N] [--seed S] [--methods a,b] [--keeps 98,49,24,12] [--out FOLDER]
+    python -m benchmarks.quality [--per-family N] [--seed S] [--methods a,b] [--keeps 98,49,24,12] [--out FOLDER] [--update]
 
 Runs the engine in this process: one encoding per picture serves every method, budget and question. ``random``,
 ``uniform``, ``pool`` and ``cls_topk`` are controls; ``oracle`` is no method but the scene's own labels, patches that show
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import io
+import json
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.demo_accuracy import SEED_FIRST, VISUAL_TOKENS, Question, Score, draw_questions
-from benchmarks.quality_report import INSIDE, Row, one_line, write
+from benchmarks.quality_report import INSIDE, Row, one_line, rows_of, updated, write
 from prismserve.compression import loader
 from prismserve.compression.apply import apply_visual
 from prismserve.compression.base import Need, Share, VisualFeatures
@@ -179,7 +180,7 @@ class Bench:
 
     def measure(self, method: str, keep: int) -> Row:
         """Ask every question."""
-        spec, plan, share = _plan(method, keep)
+        spec, plan, share = plan_of(method, keep)
         kept = VISUAL_TOKENS if method.startswith(INSIDE) else keep
         row = Row(method, keep, share)
         asks = share == Share.QUERY and not method.startswith(INSIDE)
@@ -200,7 +201,7 @@ class Bench:
         answers: dict[str, list[int]] = {}
         # The first question about a picture leaves its prefix to the others.
         for wave in (first, others):
-            answers.update(_run(engine, wave))
+            answers.update(answered(engine, wave))
         right = dict.fromkeys(FAMILIES, 0)
         asked = dict.fromkeys(FAMILIES, 0)
         for index, question in enumerate(self.questions):
@@ -210,6 +211,7 @@ class Bench:
         row.cost_ms = 0.0 if method.startswith(INSIDE) else statistics.median(costs)
         row.kv_bytes = statistics.fmean(self._kv_bytes(engine, plan, one) for one in (*first, *others))
         row.ttft_ms = self._ttft_ms(method, spec, plan, kept)
+        row.encode_ms = self.encode_ms
         return row
 
     def _kv_bytes(self, engine: Engine, plan: CompressionPlan, request: Request) -> float:
@@ -243,7 +245,7 @@ class Bench:
         return statistics.median(times)
 
 
-def _plan(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, str]:
+def plan_of(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, str]:
     """The visual spec (None: the oracle), the plan of a request, and the share code."""
     none = loader.normalise(loader.visual_method("none"), {}, "compression.visual")
     if method in {"off", ORACLE}:
@@ -258,8 +260,14 @@ def _plan(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, s
     return spec, CompressionPlan(visual=spec), str(chosen.share)
 
 
-def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
-    """Tokens of each request; PrismServeError of the first that failed."""
+def answered(engine: Engine, requests: Sequence[Request], left: dict[str, int] | None = None) -> dict[str, list[int]]:
+    """Tokens of each request; PrismServeError of the first that failed.
+
+    Args:
+        engine: with room for all.
+        requests: to answer.
+        left: filled with the visual tokens left behind the last cut of a method inside the decoder.
+    """
     answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.submit(request, worker="local")
@@ -268,6 +276,8 @@ def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
             if output.error:
                 raise PrismServeError(output.error)
             answers[output.request_id] += output.token_ids
+            if left is not None and output.report is not None and output.report.visual_tokens_by_cut:
+                left[output.request_id] = output.report.visual_tokens_by_cut[-1]
     return answers
 
 
@@ -292,7 +302,8 @@ def cells(chosen: Sequence[str], keeps: Sequence[int]) -> Iterator[tuple[str, in
             yield method, keep
 
 
-def _chosen(asked: str | None, known: Sequence[str]) -> tuple[str, ...]:
+def chosen_of(asked: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The methods named, or all of them; ArgumentTypeError for one that is not known."""
     if asked is None:
         return tuple(known)
     names = tuple(asked.split(","))
@@ -310,29 +321,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED_FIRST, help=f"first scene (default: {SEED_FIRST})")
     parser.add_argument("--methods", help="names separated by commas (default: all)")
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="counts of 196 (default: %(default)s)")
+    parser.add_argument(
+        "--update", action="store_true", help="keep the rows of OUT/quality.json that are not measured now"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args(argv)
     try:
-        chosen = _chosen(arguments.methods, methods())
+        chosen = chosen_of(arguments.methods, methods())
         keeps = tuple(int(keep) for keep in arguments.keeps.split(","))
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
     if arguments.per_family < 1 or not all(1 <= keep <= VISUAL_TOKENS for keep in keeps):
         parser.error(f"--per-family must be at least 1, and --keeps between 1 and {VISUAL_TOKENS}")
+    before: list[Row] = []
+    conditions = ""
+    if arguments.update:
+        known = json.loads((arguments.out / "quality.json").read_text(encoding="utf-8"))
+        before, conditions = rows_of(known), known["conditions"]
+        if {row.total.asked for row in before} != {arguments.per_family * len(FAMILIES)} or (
+            f"from seed {arguments.seed}." not in conditions
+        ):
+            parser.error(f"--update: {arguments.out} holds rows of other questions")
     torch.set_num_threads(1)
     began = time.monotonic()
     with torch.inference_mode():
         bench = Bench(draw_questions(arguments.per_family, arguments.seed))
         rows = []
         for method, keep in cells(chosen, keeps):
+            if method == "off" and before:
+                continue
             row = bench.measure(method, keep)
             rows.append(row)
             print(f"{time.monotonic() - began:6.0f} s  {keep:3d}  {method:24} {one_line(row)}", flush=True)
-    conditions = (
-        f"Reference model in float32 on one CPU thread, greedy, {len(bench.questions)} questions a row "
-        f"({arguments.per_family} of each family) about {len(bench.pictures)} scenes from seed {arguments.seed}."
-    )
-    write(rows, conditions, bench.encode_ms, arguments.out)
+    if before:
+        conditions += f" Those of {', '.join(chosen)} were measured later, in a run of their own."
+    else:
+        conditions = (
+            f"Reference model in float32 on one CPU thread, greedy, {len(bench.questions)} questions a row "
+            f"({arguments.per_family} of each family) about {len(bench.pictures)} scenes from seed {arguments.seed}."
+        )
+    write(updated(before, rows), conditions, arguments.out)
     print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
     return 0
 

@@ -114,8 +114,10 @@ class LlavaOneVision:
         """Decoder of ``text_config``; the grid is that of the overview."""
         vision = config.vision_config
         plan = TowerPlan.read(vision, config.vision_feature_layer, config.vision_feature_select_strategy)
-        if plan.class_token:
-            message = f"vision tower {vision.model_type!r} has a class token, which LLaVA-OneVision does not tile"
+        if plan.keep_class_token:
+            message = (
+                f"the class token of vision tower {vision.model_type!r} is kept, which LLaVA-OneVision does not tile"
+            )
             raise ModelLoadError(message, field="model")
         ratio = config.vision_aspect_ratio
         if not (ratio.startswith(_ASPECT_RATIO) and ratio.removeprefix(_ASPECT_RATIO).isdecimal()):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 
 from prismserve.models.reference.build import ASSISTANT, END, PAD, USER
-from prismserve.models.reference.forward import BF16, HIDDEN, PREFIX_TOKENS
+from prismserve.models.reference.forward import COMPUTE, HIDDEN, PREFIX_TOKENS
 from prismserve.models.reference.heads import Labels, describe, foreground
 from prismserve.models.reference.questions import Question
 from prismserve.models.reference.scenes import Scene
@@ -33,7 +33,7 @@ Span = tuple[str, int, int]
 
 @dataclass(slots=True)
 class Packed:
-    """Conversations of one scene in one row, each list ``TEXT_TOKENS`` long.
+    """Conversations of one scene in one row, each list as long as the row.
 
     Attributes:
         ids: token ids; padding is ``PAD``.
@@ -49,9 +49,9 @@ class Packed:
     targets: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 
-    def pad(self) -> None:
-        """Fill every list up to ``TEXT_TOKENS``."""
-        missing = TEXT_TOKENS - len(self.ids)
+    def pad(self, length: int) -> None:
+        """Fill every list up to ``length``."""
+        missing = length - len(self.ids)
         self.ids += [PAD] * missing
         self.positions += [0] * missing
         self.segments += [-1] * missing
@@ -78,6 +78,26 @@ class Batch:
     spans: tuple[tuple[Span, ...], ...]
 
 
+class Conversations(Protocol):
+    """What a batch of any kind has besides its pictures."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[B, T] int64."""
+
+    @property
+    def segments(self) -> torch.Tensor:
+        """[B, T] int64."""
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[B, T] int64."""
+
+    @property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Where each answer is."""
+
+
 class Scenes(torch.utils.data.IterableDataset[Batch]):
     """Consecutive seeds as batches.
 
@@ -87,6 +107,8 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         batch: scenes in a batch.
         stop: first seed left out; None goes on for ever. A bounded set is for evaluation and has no follow-up turns.
     """
+
+    text_tokens = TEXT_TOKENS
 
     def __init__(self, tokenizer: Any | None, first_seed: int, batch: int, stop: int | None = None) -> None:
         self.tokenizer, self.first_seed, self.batch, self.stop = tokenizer, first_seed, batch, stop
@@ -107,7 +129,7 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         """
         shuffled = [questions[i] for i in rng.permutation(len(questions))]
         turns = []
-        room = TEXT_TOKENS
+        room = self.text_tokens
         for family, question, answer in sorted(shuffled, key=lambda q: q[0] not in _RARE):
             turn = (family, [*self._encode(question), ASSISTANT], [*self._encode(answer), END])
             need = len(turn[1]) + len(turn[2]) + 1
@@ -129,7 +151,7 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
             row.segments += [conversation] * length
             row.ids += question_ids + answer_ids
             offset += length
-        row.pad()
+        row.pad(self.text_tokens)
         return row
 
     def _make(self, seeds: range) -> Batch:
@@ -164,15 +186,20 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         return torch.utils.data.DataLoader(self, batch_size=None, num_workers=workers, prefetch_factor=prefetch)
 
 
-def attention_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Additive mask [B, 1, T, T] bfloat16 and positions [B, T] of [user][image tokens][packed conversations]."""
+def attention_inputs(batch: Conversations, prefix: int = PREFIX_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Additive mask [B, 1, T, T] and positions [B, T] of a prefix all see and the packed conversations.
+
+    Args:
+        batch: with conversations.
+        prefix: tokens before the first question; by default the user token and one image.
+    """
     size = batch.segments.shape[0]
-    segments = torch.cat([torch.zeros(size, PREFIX_TOKENS, dtype=torch.long), batch.segments], 1)
-    positions = torch.cat([torch.arange(PREFIX_TOKENS).expand(size, -1), batch.positions + PREFIX_TOKENS], 1)
+    segments = torch.cat([torch.zeros(size, prefix, dtype=torch.long), batch.segments], 1)
+    positions = torch.cat([torch.arange(prefix).expand(size, -1), batch.positions + prefix], 1)
     n = segments.shape[1]
     see = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     see &= torch.ones(n, n, dtype=torch.bool).tril()
-    return torch.zeros(size, 1, n, n, dtype=BF16).masked_fill_(~see[:, None], HIDDEN), positions
+    return torch.zeros(size, 1, n, n, dtype=COMPUTE).masked_fill_(~see[:, None], HIDDEN), positions
 
 
 def thin_background(labels: Labels, mask: torch.Tensor, share: float, generator: torch.Generator) -> None:

@@ -1,11 +1,13 @@
 """The forward pass training runs, written out over the parameters of the Hugging Face modules.
 
-``torch.compile`` fuses this form well on a CPU. Compute is bfloat16 over float32 weights, with norms, softmax and
-rotary phases in float32. :func:`check_forward` proves that it computes what the Hugging Face forward computes.
+``torch.compile`` fuses this form well on a CPU. Compute is bfloat16, or float32 where the processor is slow at it, over
+float32 weights, with norms, softmax and rotary phases in float32. :func:`check_forward` proves that it computes what the
+Hugging Face forward computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +19,8 @@ from prismserve.models.reference.build import ASSISTANT, IMAGE, PIXEL_MEAN, PIXE
 from prismserve.models.reference.scenes import Scene
 from prismserve.models.reference.vocabulary import IMAGE_TOKENS
 
-BF16: Final = torch.bfloat16
+COMPUTE: Final = torch.bfloat16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else torch.float32
+"""What is computed in: processors without AVX-512 multiply bfloat16 ten times slower than float32."""
 PREFIX_TOKENS: Final = 1 + IMAGE_TOKENS
 """Positions before the first question: the user token and the image."""
 HIDDEN: Final = -1e4
@@ -30,17 +33,17 @@ Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _linear(x: torch.Tensor, layer: Any) -> torch.Tensor:
     bias = layer.bias
-    return F.linear(x, layer.weight.to(BF16), None if bias is None else bias.to(BF16))
+    return F.linear(x, layer.weight.to(COMPUTE), None if bias is None else bias.to(COMPUTE))
 
 
 def _layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    return F.layer_norm(x.float(), (x.shape[-1],), norm.weight, norm.bias, norm.eps).to(BF16)
+    return F.layer_norm(x.float(), (x.shape[-1],), norm.weight, norm.bias, norm.eps).to(COMPUTE)
 
 
 def _rms_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
     x = x.float()
     scaled: torch.Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
-    return scaled.to(BF16)
+    return scaled.to(COMPUTE)
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -62,10 +65,10 @@ def vision(tower: Any, pixels: torch.Tensor) -> Seen:
     c, e = tower.config, tower.embeddings
     patch, grid, heads, batch = c.patch_size, c.image_size // c.patch_size, c.num_attention_heads, pixels.shape[0]
     head_dim = c.hidden_size // heads
-    x = normalise(pixels).to(BF16)
+    x = normalise(pixels).to(COMPUTE)
     x = x.view(batch, grid, patch, grid, patch, 3).permute(0, 1, 3, 5, 2, 4).reshape(batch, grid * grid, -1)
-    x = F.linear(x, e.patch_embedding.weight.to(BF16).view(c.hidden_size, -1))
-    x = torch.cat([e.class_embedding.to(BF16).expand(batch, 1, -1), x], 1).float() + e.position_embedding.weight
+    x = F.linear(x, e.patch_embedding.weight.to(COMPUTE).view(c.hidden_size, -1))
+    x = torch.cat([e.class_embedding.to(COMPUTE).expand(batch, 1, -1), x], 1).float() + e.position_embedding.weight
     x = _layer_norm(x, tower.pre_layrnorm)
     looks = []
     for layer in tower.encoder.layers:
@@ -75,7 +78,7 @@ def vision(tower: Any, pixels: torch.Tensor) -> Seen:
         )
         weights = (torch.matmul(q, k.transpose(-1, -2)).float() * head_dim**-0.5).softmax(-1)
         looks.append(weights[:, :, 0, 1:].mean(1))
-        mixed = torch.matmul(weights.to(BF16), v).transpose(1, 2).reshape(batch, -1, c.hidden_size)
+        mixed = torch.matmul(weights.to(COMPUTE), v).transpose(1, 2).reshape(batch, -1, c.hidden_size)
         x = x + _linear(mixed, a.out_proj)
         h = _linear(_layer_norm(x, layer.layer_norm2), layer.mlp.fc1)
         x = x + _linear(h * torch.sigmoid(1.702 * h), layer.mlp.fc2)
@@ -89,7 +92,7 @@ def project(projector: Any, patches: torch.Tensor) -> torch.Tensor:
 
 def embed(lm: Any, image_tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Embeddings of [user][image tokens [B, N, D]][text ids [B, T]]: [B, 1 + N + T, D]."""
-    table = lm.embed_tokens.weight.to(BF16)
+    table = lm.embed_tokens.weight.to(COMPUTE)
     return torch.cat([table[USER].expand(ids.shape[0], 1, -1), image_tokens, F.embedding(ids, table)], 1)
 
 
@@ -105,7 +108,17 @@ def text(lm: Any, x: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) 
     Returns:
         [B, T, D] after the final norm.
     """
-    c, (batch, n, _) = lm.config, x.shape
+    return final_norm(lm, blocks(lm.config, lm.layers, x, mask, positions))
+
+
+def final_norm(lm: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the head of a ``Qwen2Model`` reads, from what its last layer gives."""
+    return _rms_norm(x, lm.norm)
+
+
+def blocks(c: Any, layers: Iterable[Any], x: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Run some of the decoder's layers; arguments as for :func:`text`, ``c`` being its configuration."""
+    batch, n, _ = x.shape
     heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
     dim = c.hidden_size // heads
     angle = positions[:, None, :, None].float() / c.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2) / dim)
@@ -113,21 +126,21 @@ def text(lm: Any, x: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) 
 
     def rotate(t: torch.Tensor) -> torch.Tensor:
         a, b = t.float().chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(BF16)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(COMPUTE)
 
-    for layer in lm.layers:
+    for layer in layers:
         h, a = _rms_norm(x, layer.input_layernorm), layer.self_attn
         q = rotate(_linear(h, a.q_proj).view(batch, n, heads, dim).transpose(1, 2))
         k = rotate(_linear(h, a.k_proj).view(batch, n, kv_heads, dim).transpose(1, 2))
         v = _linear(h, a.v_proj).view(batch, n, kv_heads, dim).transpose(1, 2)
         scores = torch.matmul(q.reshape(batch, kv_heads, -1, dim), k.transpose(-1, -2)).view(batch, heads, n, n)
-        weights = (scores.float() * dim**-0.5 + mask).softmax(-1).to(BF16)
+        weights = (scores.float() * dim**-0.5 + mask).softmax(-1).to(COMPUTE)
         mixed = torch.matmul(weights.view(batch, kv_heads, -1, n), v).view(batch, heads, n, dim)
         x = x + _linear(mixed.transpose(1, 2).reshape(batch, n, -1), a.o_proj)
         h = _rms_norm(x, layer.post_attention_layernorm)
         gate, up = _linear(h, layer.mlp.gate_proj), _linear(h, layer.mlp.up_proj)
         x = x + _linear(F.silu(gate) * up, layer.mlp.down_proj)
-    return _rms_norm(x, lm.norm)
+    return x
 
 
 def check_forward(model: Any) -> float:

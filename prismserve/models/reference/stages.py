@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from prismserve.models.reference.build import save
-from prismserve.models.reference.data import Batch, Scenes, attention_inputs, thin_background
-from prismserve.models.reference.forward import BF16, PREFIX_TOKENS, Seen, embed, project, text, vision
+from prismserve.models.reference.data import Conversations, Scenes, attention_inputs, thin_background
+from prismserve.models.reference.forward import COMPUTE, Seen, embed, project, text, vision
 from prismserve.models.reference.heads import Heads, Hits
 from prismserve.models.reference.optimizer import Optimizers
 from prismserve.models.reference.scenes import HELD_OUT_SEED
@@ -137,7 +137,7 @@ def train_joint(model: Any, heads: Heads, processor: Any, out: Path, options: Jo
         if options.background_drop:
             thin_background(batch.labels, mask, options.background_drop, thinning)
         seen = encode(batch.pixels)
-        answer_loss = _answer_loss(m.language_model, decode(seen[0], batch.ids, mask, positions), batch)
+        answer_loss = take_answer_loss(m.language_model, decode(seen[0], batch.ids, mask, positions), batch)
         auxiliary_loss, hits = heads(seen, batch.labels)
         optimizer.update(answer_loss + options.auxiliary * auxiliary_loss)
         losses.append(answer_loss.item())
@@ -168,15 +168,20 @@ def _passes(model: Any, *, compiled: bool) -> tuple[Encode, Decode]:
     return maybe_compile(encode, compiled=compiled), maybe_compile(decode, compiled=compiled)
 
 
-def _answer_loss(lm: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+def take_answer_loss(lm: Any, hidden: torch.Tensor, batch: Conversations) -> torch.Tensor:
     """Cross-entropy of the answer tokens, the rows of every other position left out of the head."""
     answers = batch.targets >= 0
-    logits = F.linear(hidden[:, PREFIX_TOKENS:][answers], lm.embed_tokens.weight.to(BF16)).float()
+    text_tokens = batch.targets.shape[1]
+    logits = F.linear(hidden[:, -text_tokens:][answers], lm.embed_tokens.weight.to(COMPUTE)).float()
     return F.cross_entropy(logits, batch.targets[answers])
 
 
 def count_right(
-    lm: Any, hidden: torch.Tensor, batch: Batch, right: collections.Counter[str], total: collections.Counter[str]
+    lm: Any,
+    hidden: torch.Tensor,
+    batch: Conversations,
+    right: collections.Counter[str],
+    total: collections.Counter[str],
 ) -> None:
     """Add up teacher-forced exact matches per family.
 
@@ -189,7 +194,7 @@ def count_right(
         right: counts to add to.
         total: counts to add to.
     """
-    guess = F.linear(hidden[:, PREFIX_TOKENS:], lm.embed_tokens.weight.to(BF16)).argmax(-1)
+    guess = F.linear(hidden[:, -batch.targets.shape[1] :], lm.embed_tokens.weight.to(COMPUTE)).argmax(-1)
     for row, spans in enumerate(batch.spans):
         for family, start, slots in spans:
             total[family] += 1

@@ -1,0 +1,333 @@
+"""Exact match on held-out clips by token budget and question family, for every method that acts on videos.
+
+    python -m benchmarks.video_quality [--per-family N] [--methods a,b] [--keeps 98,49,24] [--weights FILE] [--out FOLDER]
+
+The model is the reference model trained for clips (``prismserve.models.reference.train_clips``), served as the
+LLaVA-OneVision checkpoint it is: frames, tokens of each frame, visual method, engine. Clips are encoded once; everything
+behind the encoder is what a worker does. ``random``, ``uniform`` and ``pool`` are controls, ``oracle`` is the clip's own
+labels: tokens that show a shape first. Methods that act inside the decoder appear as ``prefill/<name>``. Families that
+the model does not answer without compression are left out and listed. Writes ``video_quality.md`` and ``.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from benchmarks.demo_accuracy import Question, Score
+from benchmarks.quality import ORACLE, answered, cells, chosen_of, plan_of
+from benchmarks.quality import methods as image_methods
+from benchmarks.quality_report import INSIDE
+from benchmarks.video import methods as frame_methods
+from benchmarks.video_quality_report import Family, VideoRow, one_line, write
+from prismserve.compression import loader
+from prismserve.compression.base import Share
+from prismserve.core.hashing import digest, pack_ids
+from prismserve.core.types import (
+    CompressionPlan,
+    FrameTimes,
+    MediaInput,
+    MediaSegment,
+    MethodSpec,
+    Prompt,
+    Request,
+    SamplingParams,
+    Segment,
+    TextSegment,
+)
+from prismserve.engine.config import EngineConfig
+from prismserve.engine.engine import Engine
+from prismserve.engine.image_cache import ImageCache, VisualTokens
+from prismserve.engine.vision import VisionPipeline
+from prismserve.models.loader import load_model
+from prismserve.models.processing import ChatMessage, Processor, VideoSlot
+from prismserve.models.reference.clip_model import write_checkpoint
+from prismserve.models.reference.clip_questions import CLIP_FAMILIES
+from prismserve.models.reference.clips import FRAMES, HELD_OUT_SEED, TOKENS, Clip
+
+if TYPE_CHECKING:
+    from prismserve.models.base import EncodedImage, ImageInputs, VisionLanguageModel
+
+KEEPS: Final = (98, 49, 24)
+WEIGHTS: Final = Path(__file__).parent / "clip_weights" / "decoder.safetensors"
+LEAST: Final = 0.7
+"""Share right without compression from which on a family says something about methods."""
+BUDGETS: Final[dict[str, Callable[[float], dict[str, float]]]] = {
+    "prefill/framefusion": lambda share: {"cost": share},
+    # The published thresholds are for half of the tokens; the lower ones are a line through them, for want of others.
+    "prefill/sttm": lambda share: {"spatial": 0.85 - (0.5 - share), "temporal": 0.55 - (0.5 - share)},
+}
+"""Parameters of methods without ``keep``, by the share of the tokens that is asked for."""
+_TIMES: Final = FrameTimes((0.0, 0.5, 1.0, 1.5), 2.0)
+_ANSWER_TOKENS_MAX: Final = 12
+_SLOTS: Final = TOKENS + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One clip, encoded once.
+
+    Attributes:
+        media: the frames as a request carries them.
+        inputs: what the processor makes of them.
+        foreground: [196] bool, tokens that show a shape, by the clip's own labels.
+    """
+
+    media: MediaInput
+    inputs: ImageInputs
+    foreground: torch.Tensor
+
+
+class EncodedOnce:
+    """A model whose encoder has already seen every clip; all else is the model's own."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self._model = model
+        self._encoded: dict[int, EncodedImage] = {}
+
+    def see(self, inputs: ImageInputs) -> None:
+        """Encode a clip; ``inputs`` must stay alive."""
+        (self._encoded[id(inputs)],) = self._model.encode_images([inputs], frozenset())
+
+    def encode_images(self, images: Sequence[ImageInputs], needs: frozenset[str]) -> list[EncodedImage]:
+        """What the encoder gave; the methods measured here need nothing else of it."""
+        if needs:
+            message = f"clips were encoded without {', '.join(sorted(needs))}"
+            raise ValueError(message)
+        return [self._encoded[id(inputs)] for inputs in images]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class Bench:
+    """The model, the clips, and the questions about them."""
+
+    def __init__(self, directory: Path, questions: Sequence[Question]) -> None:
+        self.questions = list(questions)
+        self.processor = Processor.from_directory(directory)
+        self.model = load_model(directory, dtype="float32", device="cpu", progress=None)
+        self.seen = EncodedOnce(self.model)
+        self.clips: dict[int, Shown] = {}
+        spent = []
+        for seed in dict.fromkeys(question.seed for question in questions):
+            began = time.thread_time()
+            self.clips[seed] = self._shown(seed)
+            spent.append(1000 * (time.thread_time() - began))
+        self.encode_ms = statistics.median(spent)
+
+    def _shown(self, seed: int) -> Shown:
+        clip = Clip(seed)
+        data = clip.frames.tobytes()
+        height, width = clip.frames.shape[1:3]
+        pixel_hash = hashlib.sha256(data + _TIMES.packed()).digest()
+        shown = Shown(
+            MediaInput(data, pixel_hash, width, height, _TIMES),
+            self.processor.preprocess_video(clip.frames, _TIMES),
+            torch.from_numpy(clip.foreground()),
+        )
+        self.seen.see(shown.inputs)
+        return shown
+
+    def engine(self) -> Engine:
+        """An engine with empty caches and room for every question of some clips."""
+        config = EngineConfig(
+            kv_cache_bytes=256 << 20,
+            image_cache_bytes=1 << 30,
+            max_waiting=1 << 16,
+            max_model_len=512,
+            max_encode_images=1,
+        )
+        return Engine(self.model, self.processor, config)
+
+    # ---- one clip under one method ---------------------------------------------------------------------------
+
+    def reduced(
+        self, cache: ImageCache, key: bytes, shown: Shown, spec: MethodSpec | None, keep: int, text: str
+    ) -> float:
+        """Put a clip's decoder inputs into ``cache`` under a visual method (None: by its labels); milliseconds."""
+        if spec is None:
+            noise = torch.rand(TOKENS, generator=torch.Generator().manual_seed(shown.media.pixel_hash[0]))
+            best = (noise + 2 * shown.foreground.float()).argsort(descending=True)[:keep]
+            # What stands behind the last frame is kept, as with any method.
+            places = torch.cat([best, torch.arange(TOKENS, _SLOTS)]).sort().values
+            tokens = self.seen.encode_images([shown.inputs], frozenset())[0].tokens
+            cache.put(key, VisualTokens(self.model.project(tokens[places]), places, _SLOTS))
+            return 0.0
+        pipeline = VisionPipeline(self.seen, self.processor, cache)
+        began = time.thread_time()
+        pipeline.encode([key], [shown.media], [shown.inputs], spec, [self.scoring_ids(text)])
+        return 1000 * (time.thread_time() - began)
+
+    def scoring_ids(self, text: str) -> tuple[int, ...]:
+        """What a method that asks about the question ranks by."""
+        return self.processor.scoring_ids([ChatMessage("user", (VideoSlot(0), text))])
+
+    def request(self, name: str, question: Question, key: bytes, plan: CompressionPlan, kept: int) -> Request:
+        """One question about one clip."""
+        message = ChatMessage("user", (VideoSlot(0), question.text))
+        rendered = self.processor.render_chat([message], {0: _TIMES})
+        at = next(i for i, item in enumerate(rendered) if isinstance(item, VideoSlot))
+        before, after = (tuple(i for i in part if isinstance(i, int)) for part in (rendered[:at], rendered[at + 1 :]))
+        media = MediaSegment(0, key, kept, _SLOTS)
+        segments: list[Segment] = [TextSegment(before), media, TextSegment(after)]
+        root = digest("video-quality", plan.visual.fingerprint(), plan.prefill.fingerprint())
+        return Request(
+            request_id=name,
+            attempt=0,
+            namespace=root,
+            wire_namespace=root,
+            prompt=Prompt(tuple(segment for segment in segments if segment.tokens)),
+            media=(self.clips[question.seed].media,),
+            sampling=SamplingParams(max_tokens=_ANSWER_TOKENS_MAX, temperature=0.0),
+            compression=plan,
+            scoring_token_ids=self.scoring_ids(question.text),
+        )
+
+    # ---- one method at one budget ----------------------------------------------------------------------------
+
+    def measure(self, method: str, keep: int) -> VideoRow:
+        """Ask every question."""
+        spec, plan, share = video_plan(method, keep)
+        asks = share == Share.QUERY and not method.startswith(INSIDE)
+        engine = self.engine()
+        costs: list[float] = []
+        kept: list[int] = []
+        waves: tuple[list[Request], list[Request]] = ([], [])
+        met: set[int] = set()
+        for index, question in enumerate(self.questions):
+            shown = self.clips[question.seed]
+            about = pack_ids(self.scoring_ids(question.text)) if asks else b""
+            key = digest("video-quality", shown.media.pixel_hash, method.encode(), about)
+            if key not in engine.image_cache:
+                costs.append(self.reduced(engine.image_cache, key, shown, spec, keep, question.text))
+            visual = engine.image_cache.get(key)
+            if visual is None:
+                message = "the image cache is too small for the questions of one row"
+                raise RuntimeError(message)
+            kept.append(visual.embeds.shape[0])
+            # The first question about a clip leaves its prefix to the others.
+            waves[question.seed in met and not asks].append(self.request(str(index), question, key, plan, kept[-1]))
+            met.add(question.seed)
+        answers: dict[str, list[int]] = {}
+        left: dict[str, int] = {}
+        for wave in waves:
+            answers.update(answered(engine, wave, left))
+        right: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
+        for index, question in enumerate(self.questions):
+            asked[question.family] += 1
+            right[question.family] += self.processor.decode(answers[str(index)]).strip() == question.answer
+        families = {name: Score(right[name], asked[name]) for name in CLIP_FAMILIES if asked[name]}
+        inside = method.startswith(INSIDE)
+        # The token behind the last frame is no token of a frame; a method inside the decoder counts it.
+        tokens = statistics.fmean(left.values() if inside else kept) - (_SLOTS - TOKENS)
+        return VideoRow(method, keep, share, families, tokens, 0.0 if inside else statistics.median(costs))
+
+
+def video_plan(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, str]:
+    """As :func:`benchmarks.quality.plan_of`, also for methods that have thresholds or a cost in place of a budget."""
+    if method not in BUDGETS:
+        return plan_of(method, keep)
+    inside = loader.prefill_method(method.removeprefix(INSIDE))
+    prefill = loader.normalise(inside, BUDGETS[method](keep / TOKENS), "compression.prefill")
+    none = loader.normalise(loader.visual_method("none"), {}, "compression.visual")
+    return none, CompressionPlan(visual=none, prefill=prefill), str(inside.share)
+
+
+def draw_questions(per_family: int, first_seed: int) -> list[Question]:
+    """The first ``per_family`` questions of every family, clip by clip."""
+    drawn: list[Question] = []
+    counts = dict.fromkeys(CLIP_FAMILIES, 0)
+    seed = first_seed
+    while min(counts.values()) < per_family:
+        for family, text, answer in Clip(seed).questions():
+            if counts[family] < per_family:
+                counts[family] += 1
+                drawn.append(Question(seed, family, text, answer))
+        seed += 1
+    return drawn
+
+
+def methods() -> tuple[str, ...]:
+    """Every method that can act on the frames of a video, controls first, the oracle after them."""
+    frames = frame_methods()
+    controls = [name for name in frames if name in {"random", "uniform", "pool"}]
+    inside = [name for name in image_methods() if name.startswith(INSIDE)]
+    return (*controls, ORACLE, *(name for name in frames if name not in controls), *inside, *BUDGETS)
+
+
+def families_of(questions: Sequence[Question], off: VideoRow, least: float) -> list[Family]:
+    """What is known of each family before any compression: its score, the best guess, whether it is measured on.
+
+    A family is measured on where ``least`` of it is right and that is more than guessing gives; with ``least`` 0 always.
+    """
+    out = []
+    for name, score in off.families.items():
+        answers = Counter(question.answer for question in questions if question.family == name)
+        guess = answers.most_common(1)[0][1] / answers.total()
+        answered_well = score.share >= least and score.interval[0] > guess
+        out.append(Family(name, score, guess, used=answered_well or least == 0))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m benchmarks.video_quality``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.video_quality", description=__doc__.partition("\n")[0])
+    parser.add_argument("--per-family", type=int, default=200, help="questions of each family (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="first clip (default: %(default)s)")
+    parser.add_argument("--methods", help="names separated by commas (default: all)")
+    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="counts of 196 (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="decoder.safetensors (default: %(default)s)")
+    parser.add_argument(
+        "--least", type=float, default=LEAST, help="share right a family needs without compression; 0 for all"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    arguments = parser.parse_args(argv)
+    try:
+        chosen = chosen_of(arguments.methods, methods())
+        keeps = tuple(int(keep) for keep in arguments.keeps.split(","))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        parser.error(str(error))
+    if arguments.per_family < 1 or not all(1 <= keep <= TOKENS for keep in keeps):
+        parser.error(f"--per-family must be at least 1, and --keeps between 1 and {TOKENS}")
+    if not arguments.weights.is_file():
+        parser.error(f"--weights: {arguments.weights} does not exist")
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        directory = write_checkpoint(Path(folder), arguments.weights)
+        bench = Bench(directory, draw_questions(arguments.per_family, arguments.seed))
+        off = bench.measure("off", TOKENS)
+        families = families_of(bench.questions, off, arguments.least)
+        used = [family.name for family in families if family.used]
+        print(f"{time.monotonic() - began:6.0f} s  {TOKENS:3d}  {'off':24} {one_line(off)}", flush=True)
+        rows = [off.only(used)] if used else []
+        bench.questions = [question for question in bench.questions if question.family in used]
+        for method, keep in cells(chosen, keeps) if used else ():
+            if method == "off":
+                continue
+            rows.append(bench.measure(method, keep))
+            print(f"{time.monotonic() - began:6.0f} s  {keep:3d}  {method:24} {one_line(rows[-1])}", flush=True)
+    conditions = (
+        f"Reference model trained for clips, in float32 on one CPU thread, greedy: {FRAMES} frames of 7 x 7 tokens. "
+        f"{arguments.per_family} questions a family about {len(bench.clips)} clips from seed {arguments.seed}."
+    )
+    write(rows, families, conditions, arguments.out)
+    print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

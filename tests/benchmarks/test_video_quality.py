@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import video_quality
+from benchmarks.demo_accuracy import Question, Score
+from benchmarks.video_quality_report import Family, VideoRow, markdown
+from prismserve.models.reference.clip_model import load, save_trained, write_checkpoint
+from prismserve.models.reference.clip_questions import CLIP_FAMILIES
+from prismserve.models.reference.clips import HELD_OUT_SEED
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The bundled decoder as if it had been trained for clips."""
+    folder = tmp_path_factory.mktemp("clips")
+    model, _ = load(write_checkpoint(folder))
+    save_trained(model, folder / "decoder.safetensors")
+    return folder / "decoder.safetensors"
+
+
+def test_every_video_method_and_control_is_measured():
+    listed = video_quality.methods()
+    assert set(listed[:3]) == {"random", "uniform", "pool"}
+    assert listed[3] == "oracle"
+    assert {
+        *("holitom", "dycoke", "fastvid", "chatunivi", "longvu", "dynamicvlm", "llamavid", "vqtoken", "flexselect"),
+        *("divprune", "prefill/framefusion", "prefill/sttm", "prefill/holitom_inner"),
+    } <= set(listed)
+
+
+def test_questions_are_of_held_out_clips_and_as_many_as_asked_for():
+    drawn = video_quality.draw_questions(2, HELD_OUT_SEED)
+    assert {name: sum(q.family == name for q in drawn) for name in CLIP_FAMILIES} == dict.fromkeys(CLIP_FAMILIES, 2)
+    assert min(question.seed for question in drawn) >= HELD_OUT_SEED
+
+
+def test_a_family_counts_only_where_the_model_beats_the_most_common_answer():
+    questions = [Question(1, "count", "?", "2")] * 8 + [Question(1, "count", "?", "3")] * 2
+    low = VideoRow("off", 196, "AGN", {"count": Score(8, 10)}, 196.0, 0.0)
+    high = VideoRow("off", 196, "AGN", {"count": Score(980, 1000)}, 196.0, 0.0)
+    assert [one.used for one in video_quality.families_of(questions, low, 0.5)] == [False]
+    assert [one.used for one in video_quality.families_of(questions, high, 0.5)] == [True]
+
+
+def test_the_page_says_which_rows_are_apart_from_random():
+    def row(method, right):
+        return VideoRow(method, 24, "AGN", {"when": Score(right, 400)}, 24.0, 0.0)
+
+    page = markdown(
+        [row("random", 200), row("better", 300), row("alike", 205), row("worse", 90)],
+        [Family("when", Score(390, 400), 0.5, True), Family("count", Score(9, 400), 0.5, False)],
+        "conditions",
+    )
+    lines = {line.split(" | ")[1]: line for line in page.splitlines() if line.startswith("| 24 |")}
+    assert "| +25.0 * |" in lines["better"]
+    assert "| +1.2 |" in lines["alike"]
+    assert "| -27.5 * |" in lines["worse"]
+    assert "| count | 2.2 (1 to 4) | 50.0 | no |" in page
+
+
+@pytest.mark.slow
+def test_it_measures_asks_and_writes(weights, tmp_path, capsys):
+    arguments = ["--per-family", "2", "--keeps", "49", "--least", "0", "--weights", str(weights)]
+    assert (
+        video_quality.main(
+            [*arguments, "--methods", "random,oracle,holitom,flexselect,prefill/sttm", "--out", str(tmp_path)]
+        )
+        == 0
+    )
+    document = json.loads((tmp_path / "video_quality.json").read_text())
+    assert set(document["families"]) == set(CLIP_FAMILIES)
+    rows = document["rows"]
+    assert all(family["used"] for family in document["families"].values())
+    assert [row["method"] for row in rows] == ["off", "random", "oracle", "holitom", "flexselect", "prefill/sttm"]
+    assert all(row["total"]["asked"] == 2 * len(CLIP_FAMILIES) for row in rows)
+    assert {row["tokens"] for row in rows if row["method"] in {"random", "oracle", "flexselect"}} == {49.0}
+    assert "most common answer" in (tmp_path / "video_quality.md").read_text()
+    assert "written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--methods", "nope"], ["--keeps", "0"], ["--per-family", "0"], ["--weights", "nowhere"]]
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        video_quality.main(arguments)
+    assert "error" in capsys.readouterr().err
