@@ -67,13 +67,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-async def answer(arguments: argparse.Namespace, directory: Path, plan: Plan) -> tuple[Measured, str]:
-    """Start what answers and measure it; the figures and what it says of itself."""
-    system = (Served if arguments.cluster else LocalEngine)(directory, arguments.threads)
-    async with system:
-        return await measure(system, plan, lambda line: print(line, flush=True)), system.about
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write and print."""
     arguments = parse(argv)
@@ -89,13 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.batch,
         arguments.tokens,
     )
-    with cores(arguments.threads):
-        measured, about = asyncio.run(answer(arguments, directory, plan))
     visual = (shape.image_px // shape.patch_px) ** 2
     model = f"A LLaVA-shaped model, {shape.layers} layers of {shape.hidden}, {visual} visual tokens an image, random weights"
     where = {**conditions(arguments.threads), "model": model}
     name = "cluster_load" if arguments.cluster else "load"
-    print(report.write(measured, plan, where, about, arguments.out, name))
+
+    async def answer() -> str:
+        """Start what answers, measure it and write; the page."""
+        system = (Served if arguments.cluster else LocalEngine)(directory, arguments.threads)
+
+        def keep(measured: Measured) -> str:
+            return report.write(measured, plan, where, system.about, arguments.out, name)
+
+        async with system:
+            return keep(await measure(system, plan, lambda line: print(line, flush=True), keep))
+
+    with cores(arguments.threads):
+        print(asyncio.run(answer()))
     print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
     return 0
 

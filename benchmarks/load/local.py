@@ -66,7 +66,7 @@ class LocalEngine:
         """See :class:`benchmarks.load.work.System`."""
         engine = self._engine
         engine.forget()
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         prepared = await asyncio.gather(*(self._builder.build(turn.call()) for turn in turns))
         for item in prepared:
             engine.submit(item.request, worker="local")
@@ -84,7 +84,7 @@ class LocalEngine:
                 tokens[output.request_id] += len(output.token_ids)
                 if output.report is not None:
                     firsts[output.request_id] = (at_s, output.report)
-        wall_s = time.perf_counter() - began
+        wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
         answers = []
         for item, turn in zip(prepared, turns, strict=True):
             name = item.request.request_id
@@ -96,4 +96,4 @@ class LocalEngine:
             before, after = sum(s.raw_tokens for s in segments), sum(s.tokens for s in segments)
             left = report.visual_tokens_by_cut[-1] if report.visual_tokens_by_cut else after
             answers.append(Answered(first_s, tokens[name], before, left, report.kv_bytes_kept, 0, report.encode_ms))
-        return Ran(tuple(answers), wall_s, peak)
+        return Ran(tuple(answers), wall_s, cpu_s, peak)

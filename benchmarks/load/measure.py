@@ -64,17 +64,21 @@ class Measured:
 
     Attributes:
         ttft_s: time to first token of one request alone, in seconds.
+        ttft_cpu_s: processor time until then, which other work on the machine hardly changes.
         requests_per_s: under load.
         tokens_per_s: under load.
+        loaded_cpu_s: processor time of the whole batch.
         waited_s: median time to first token of a request under load.
         alone: the last run of each variant alone.
         loaded: the last run of each variant under load.
-        load_average: of the machine, at the beginning, between the two parts and at the end.
+        load_average: of the machine, at the beginning of each round.
     """
 
     ttft_s: Series = field(default_factory=Series)
+    ttft_cpu_s: Series = field(default_factory=Series)
     requests_per_s: Series = field(default_factory=Series)
     tokens_per_s: Series = field(default_factory=Series)
+    loaded_cpu_s: Series = field(default_factory=Series)
     waited_s: Series = field(default_factory=Series)
     alone: dict[Variant, Ran] = field(default_factory=dict)
     loaded: dict[Variant, Ran] = field(default_factory=dict)
@@ -87,29 +91,52 @@ def turned(items: Sequence[Variant], number: int) -> tuple[Variant, ...]:
     return (*items[places:], *items[:places])
 
 
-async def measure(system: System, plan: Plan, say: Say) -> Measured:
-    """Warm every variant, then measure; RuntimeError if an answer fails."""
+async def measure(system: System, plan: Plan, say: Say, keep: Callable[[Measured], object]) -> Measured:
+    """Warm every method, then measure, a round of each part in turn; RuntimeError if an answer fails.
+
+    What there is is handed to ``keep`` after each round: a long run must not be lost with its last minute.
+    """
     measured = Measured()
-    for variant in dict.fromkeys((*plan.alone, *plan.loaded)):
+    for variant in _smallest((*plan.alone, *plan.loaded)):
         await system.run(draw(WARM_SEED, 1, _WARM_TOKENS, variant))
-    measured.load_average.append(os.getloadavg()[0])
-    for number in range(plan.alone_rounds):
-        for variant in turned(plan.alone, number):
-            ran = await system.run(draw(number, 1, 1, variant))
-            measured.alone[variant] = ran
-            measured.ttft_s.values[variant].append(ran.answers[0].first_s)
-            say(f"round {number + 1} alone  {variant.name:24} TTFT {ran.answers[0].first_s:6.2f} s")
-    measured.load_average.append(os.getloadavg()[0])
-    for number in range(plan.loaded_rounds):
-        for variant in turned(plan.loaded, number):
-            ran = await system.run(draw(LOAD_SEED + number, plan.batch, plan.tokens, variant))
-            measured.loaded[variant] = ran
-            measured.requests_per_s.values[variant].append(ran.requests_per_s)
-            measured.tokens_per_s.values[variant].append(ran.tokens_per_s)
-            measured.waited_s.values[variant].append(statistics.median(answer.first_s for answer in ran.answers))
-            say(
-                f"round {number + 1} loaded {variant.name:24} {ran.requests_per_s:6.3f} requests/s  "
-                f"{ran.tokens_per_s:6.2f} tokens/s  {ran.peak_blocks} blocks"
-            )
-    measured.load_average.append(os.getloadavg()[0])
+    for number in range(max(plan.alone_rounds, plan.loaded_rounds)):
+        measured.load_average.append(os.getloadavg()[0])
+        if number < plan.alone_rounds:
+            await _alone(system, plan, measured, number, say)
+        if number < plan.loaded_rounds:
+            await _loaded(system, plan, measured, number, say)
+        keep(measured)
     return measured
+
+
+async def _alone(system: System, plan: Plan, measured: Measured, number: int, say: Say) -> None:
+    for variant in turned(plan.alone, number):
+        ran = await system.run(draw(number, 1, 1, variant))
+        first_s = ran.answers[0].first_s
+        measured.alone[variant] = ran
+        measured.ttft_s.values[variant].append(first_s)
+        measured.ttft_cpu_s.values[variant].append(ran.cpu_s)
+        say(f"round {number + 1} alone  {variant.name:26} TTFT {first_s:6.2f} s  {ran.cpu_s:6.2f} s of processors")
+
+
+async def _loaded(system: System, plan: Plan, measured: Measured, number: int, say: Say) -> None:
+    for variant in turned(plan.loaded, number):
+        ran = await system.run(draw(LOAD_SEED + number, plan.batch, plan.tokens, variant))
+        measured.loaded[variant] = ran
+        measured.requests_per_s.values[variant].append(ran.requests_per_s)
+        measured.tokens_per_s.values[variant].append(ran.tokens_per_s)
+        measured.loaded_cpu_s.values[variant].append(ran.cpu_s)
+        measured.waited_s.values[variant].append(statistics.median(answer.first_s for answer in ran.answers))
+        say(
+            f"round {number + 1} loaded {variant.name:26} {ran.requests_per_s:6.3f} requests/s  "
+            f"{ran.tokens_per_s:6.2f} tokens/s  {ran.cpu_s:6.1f} s of processors  {ran.peak_blocks} blocks"
+        )
+
+
+def _smallest(variants: Sequence[Variant]) -> list[Variant]:
+    """No compression, and each method at its smallest budget."""
+    least: dict[str, Variant] = {}
+    for variant in variants:
+        if variant.label not in least or variant.share < least[variant.label].share:
+            least[variant.label] = variant
+    return list(least.values())

@@ -44,21 +44,22 @@ def page(measured: Measured, plan: Plan, where: Mapping[str, str], about: str) -
     loads = ", ".join(f"{load:.1f}" for load in measured.load_average)
     intro = (
         f"{where['date']}, {where['cpu']}, {where['cores']} cores, Python {where['python']}; load average of the machine at "
-        f"the beginning, between the parts and at the end {loads}. {where['model']}: {about}. Nothing is cached: each run "
+        f"the beginning of each round {loads}. {where['model']}: {about}. Nothing is cached: each run "
         "begins with empty caches, each round has pictures, sizes and questions of its own, the same for every row, and "
         "the rows take turns. Figures are medians over the rounds with the least and the most of them; a ratio is taken "
-        "within a round first. Random weights are for speed alone and say nothing about quality."
+        "within a round first. *Processor time* is that of all threads of the engine, which other work on the machine hardly "
+        "changes. Random weights are for speed alone and say nothing about quality."
     )
     rows = [
         [item["what"], item["target"], f"{item['value']:.2f}", "met" if item["met"] else "missed"]
         for item in verdicts(measured, plan)
     ]
     alone = (
-        f"One request at a time, {plan.alone_rounds} rounds; the time runs from the call, so reading the picture and "
+        f"One request at a time, {len(measured.ttft_s.values[OFF])} rounds; the time runs from the call, so reading the picture and "
         "tokenizing count. *Visual tokens* are those of the last layer, *KV* is that of the prompt."
     )
     loaded = (
-        f"{plan.batch} requests at once, {plan.tokens} tokens each, {plan.loaded_rounds} rounds; *waited* is the median time "
+        f"{plan.batch} requests at once, {plan.tokens} tokens each, {len(measured.requests_per_s.values[OFF])} rounds; *waited* is the median time "
         "to first token among them, *peak* the most KV blocks in use."
     )
     parts = ["# What compression buys end to end", intro, "## Targets"]
@@ -80,12 +81,16 @@ def _alone_table(measured: Measured, plan: Plan) -> str:
                 str(answer.visual_after),
                 _spread(measured.ttft_s, variant, 2),
                 _ratio(_faster(measured, variant)),
+                *_processors(measured.ttft_cpu_s, variant),
                 f"{answer.encode_ms:.0f}",
                 f"{answer.kv_bytes / _MIB:.2f}",
                 f"{100 * answer.kv_bytes / base:.0f} %",
             ]
         )
-    header = ("method", "kept", "visual tokens", "TTFT, s", "faster than off", "encoder, ms", "KV, MiB", "of off")
+    header = (
+        *("method", "kept", "visual tokens", "TTFT, s", "faster than off", "processor time, s", "less than off"),
+        *("encoder, ms", "KV, MiB", "of off"),
+    )
     return markdown_table(header, rows)
 
 
@@ -100,6 +105,7 @@ def _loaded_table(measured: Measured, plan: Plan) -> str:
             _spread(measured.requests_per_s, variant, 3),
             f"{measured.tokens_per_s.median(variant):.2f}",
             _ratio(measured.requests_per_s.over_off(variant)),
+            *_processors(measured.loaded_cpu_s, variant),
             f"{measured.waited_s.median(variant):.1f}",
             f"{statistics.mean(answer.kv_bytes for answer in ran.answers) / _MIB:.2f}",
             f"{ran.peak_blocks}" if ran.peak_blocks else "",
@@ -107,7 +113,10 @@ def _loaded_table(measured: Measured, plan: Plan) -> str:
         if sent:
             row.append(f"{statistics.mean(answer.kv_sent_bytes for answer in ran.answers) / _MIB:.2f}")
         rows.append(row)
-    header = ["method", "kept", "requests/s", "tokens/s", "times off", "waited, s", "KV a request, MiB", "peak blocks"]
+    header = [
+        *("method", "kept", "requests/s", "tokens/s", "times off", "processor time, s", "less than off"),
+        *("waited, s", "KV a request, MiB", "peak blocks"),
+    ]
     return markdown_table([*header, *(["KV sent, MiB"] if sent else [])], rows)
 
 
@@ -117,8 +126,10 @@ def document(measured: Measured, plan: Plan, where: Mapping[str, str], about: st
         name: {variant.name: values for variant, values in series.values.items()}
         for name, series in (
             ("ttft_s", measured.ttft_s),
+            ("ttft_cpu_s", measured.ttft_cpu_s),
             ("requests_per_s", measured.requests_per_s),
             ("tokens_per_s", measured.tokens_per_s),
+            ("loaded_cpu_s", measured.loaded_cpu_s),
             ("waited_s", measured.waited_s),
         )
     }
@@ -181,6 +192,14 @@ def _falling(chosen: Sequence[Variant], method: str) -> list[Variant]:
 
 def _faster(measured: Measured, variant: Variant) -> list[float]:
     return [1 / ratio for ratio in measured.ttft_s.over_off(variant)]
+
+
+def _processors(series: Series, variant: Variant) -> tuple[str, str]:
+    """Processor time, and how many times less than without compression; empty where it is not known."""
+    if not series.median(variant):
+        return "", ""
+    less = [1 / ratio for ratio in series.over_off(variant)]
+    return f"{series.median(variant):.1f}", f"{statistics.median(less):.2f}"
 
 
 def _share(variant: Variant) -> str:

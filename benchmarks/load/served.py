@@ -68,4 +68,4 @@ class Served:
                     usage.encode_ms,
                 )
             )
-        return Ran(tuple(answers), wall_s, 0)
+        return Ran(tuple(answers), wall_s, 0.0, 0)

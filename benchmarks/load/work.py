@@ -110,10 +110,18 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What came of one run: its answers, the whole time, and the most KV blocks in use at once (0: not known)."""
+    """What came of one run.
+
+    Attributes:
+        answers: in the order of the turns.
+        wall_s: until the last token.
+        cpu_s: processor time of all threads of the engine; 0 where other processes spend it.
+        peak_blocks: most KV blocks in use at once; 0 where that is not known.
+    """
 
     answers: tuple[Answered, ...]
     wall_s: float
+    cpu_s: float
     peak_blocks: int
 
     @property
