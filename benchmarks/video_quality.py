@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 KEEPS: Final = (98, 49, 24)
 WEIGHTS: Final = Path(__file__).parent / "clip_weights" / "decoder.safetensors"
-LEAST: Final = 0.7
+LEAST: Final = 0.6
 """Share right without compression from which on a family says something about methods."""
 BUDGETS: Final[dict[str, Callable[[float], dict[str, float]]]] = {
     "prefill/framefusion": lambda share: {"cost": share},
