@@ -1,6 +1,6 @@
 """Exact match of the reference model by visual-token budget, for every method that reduces visual tokens.
 
-    python -m benchmarks.quality [--per-family N] [--seed S] [--methods a,b] [--keeps 98,49,24,12] [--out FOLDER]
+    python -m benchmarks.quality [--per-family N] [--seed S] [--methods a,b] [--keeps 98,49,24,12] [--out FOLDER] [--update]
 
 Runs the engine in this process: one encoding per picture serves every method, budget and question. ``random``,
 ``uniform``, ``pool`` and ``cls_topk`` are controls; ``oracle`` is no method but the scene's own labels, patches that show
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import io
+import json
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.demo_accuracy import SEED_FIRST, VISUAL_TOKENS, Question, Score, draw_questions
-from benchmarks.quality_report import INSIDE, Row, one_line, write
+from benchmarks.quality_report import INSIDE, Row, one_line, rows_of, updated, write
 from prismserve.compression import loader
 from prismserve.compression.apply import apply_visual
 from prismserve.compression.base import Need, Share, VisualFeatures
@@ -210,6 +211,7 @@ class Bench:
         row.cost_ms = 0.0 if method.startswith(INSIDE) else statistics.median(costs)
         row.kv_bytes = statistics.fmean(self._kv_bytes(engine, plan, one) for one in (*first, *others))
         row.ttft_ms = self._ttft_ms(method, spec, plan, kept)
+        row.encode_ms = self.encode_ms
         return row
 
     def _kv_bytes(self, engine: Engine, plan: CompressionPlan, request: Request) -> float:
@@ -319,6 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED_FIRST, help=f"first scene (default: {SEED_FIRST})")
     parser.add_argument("--methods", help="names separated by commas (default: all)")
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="counts of 196 (default: %(default)s)")
+    parser.add_argument(
+        "--update", action="store_true", help="keep the rows of OUT/quality.json that are not measured now"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args(argv)
     try:
@@ -328,20 +333,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if arguments.per_family < 1 or not all(1 <= keep <= VISUAL_TOKENS for keep in keeps):
         parser.error(f"--per-family must be at least 1, and --keeps between 1 and {VISUAL_TOKENS}")
+    before: list[Row] = []
+    conditions = ""
+    if arguments.update:
+        known = json.loads((arguments.out / "quality.json").read_text(encoding="utf-8"))
+        before, conditions = rows_of(known), known["conditions"]
+        if {row.total.asked for row in before} != {arguments.per_family * len(FAMILIES)} or (
+            f"from seed {arguments.seed}." not in conditions
+        ):
+            parser.error(f"--update: {arguments.out} holds rows of other questions")
     torch.set_num_threads(1)
     began = time.monotonic()
     with torch.inference_mode():
         bench = Bench(draw_questions(arguments.per_family, arguments.seed))
         rows = []
         for method, keep in cells(chosen, keeps):
+            if method == "off" and before:
+                continue
             row = bench.measure(method, keep)
             rows.append(row)
             print(f"{time.monotonic() - began:6.0f} s  {keep:3d}  {method:24} {one_line(row)}", flush=True)
-    conditions = (
-        f"Reference model in float32 on one CPU thread, greedy, {len(bench.questions)} questions a row "
-        f"({arguments.per_family} of each family) about {len(bench.pictures)} scenes from seed {arguments.seed}."
-    )
-    write(rows, conditions, bench.encode_ms, arguments.out)
+    if before:
+        conditions += f" Those of {', '.join(chosen)} were measured later, in a run of their own."
+    else:
+        conditions = (
+            f"Reference model in float32 on one CPU thread, greedy, {len(bench.questions)} questions a row "
+            f"({arguments.per_family} of each family) about {len(bench.pictures)} scenes from seed {arguments.seed}."
+        )
+    write(updated(before, rows), conditions, arguments.out)
     print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
     return 0
 

@@ -15,6 +15,7 @@ from prismserve.models.reference.scenes import FAMILIES
 
 INSIDE: Final = "prefill/"
 """Begins the names of methods that act inside the decoder."""
+_SAME_MS: Final = 0.05
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Row:
             attention where the method needs them; 0 for methods inside the decoder.
         ttft_ms: median time to the first token of a picture not seen before, alone in the engine.
         kv_bytes: of the prompt, mean over the questions.
+        encode_ms: what the encoder takes for one picture without a method, in the same run.
     """
 
     method: str
@@ -39,6 +41,7 @@ class Row:
     cost_ms: float = 0.0
     ttft_ms: float = 0.0
     kv_bytes: float = 0.0
+    encode_ms: float = math.nan
 
     @property
     def total(self) -> Score:
@@ -47,7 +50,7 @@ class Row:
         return Score(sum(score.right for score in scores), sum(score.asked for score in scores))
 
 
-def markdown(rows: Sequence[Row], conditions: str, encode_ms: float) -> str:
+def markdown(rows: Sequence[Row], conditions: str) -> str:
     """The results as a page."""
     header = ["kept", "method", "share", *FAMILIES, "all", "95 %", "ms", "of encoder", "TTFT ms", "KV KiB"]
     body = []
@@ -62,19 +65,21 @@ def markdown(rows: Sequence[Row], conditions: str, encode_ms: float) -> str:
                 f"**{100 * row.total.share:.1f}**",
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 f"{row.cost_ms:.2f}",
-                f"{100 * row.cost_ms / encode_ms:.0f} %",
+                f"{100 * row.cost_ms / row.encode_ms:.0f} %",
                 "" if math.isnan(row.ttft_ms) else f"{row.ttft_ms:.1f}",
                 f"{row.kv_bytes / 1024:.0f}",
             ]
         )
+    least, most = (choose(row.encode_ms for row in rows) for choose in (min, max))
+    encoder = f"{least:.1f}" if most - least < _SAME_MS else f"{least:.1f} to {most:.1f}"
     lines = [
         "# Quality and cost by method and budget",
         "",
         conditions,
         "",
         "Exact match in percent, by family of questions; the interval is Wilson's for all questions together. *ms* is what",
-        f"a method adds for one picture, *of encoder* that as a share of the {encode_ms:.1f} ms the encoder takes without",
-        "it; projecting every token into the decoder's space once is not counted, since it is done without any method too.",
+        f"a method adds for one picture, *of encoder* that as a share of the {encoder} ms the encoder takes without it in the",
+        "same run; projecting every token into the decoder's space once is not counted, since it is done without any method too.",
         "Budgets are tokens of 196; of a method inside the decoder (`prefill/`), what is left after its last cut. TTFT is the",
         "engine's own, one picture at a time, nothing cached. All times are CPU time of the one thread.",
         "",
@@ -83,7 +88,7 @@ def markdown(rows: Sequence[Row], conditions: str, encode_ms: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def document(rows: Sequence[Row], conditions: str, encode_ms: float) -> dict[str, Any]:
+def document(rows: Sequence[Row], conditions: str) -> dict[str, Any]:
     """The results as a JSON document."""
 
     def score(value: Score) -> dict[str, Any]:
@@ -92,7 +97,6 @@ def document(rows: Sequence[Row], conditions: str, encode_ms: float) -> dict[str
 
     return {
         "conditions": conditions,
-        "encode_ms": encode_ms,
         "rows": [
             {
                 "method": row.method,
@@ -103,10 +107,35 @@ def document(rows: Sequence[Row], conditions: str, encode_ms: float) -> dict[str
                 "cost_ms": row.cost_ms,
                 "ttft_ms": None if math.isnan(row.ttft_ms) else row.ttft_ms,
                 "kv_bytes": row.kv_bytes,
+                "encode_ms": row.encode_ms,
             }
             for row in rows
         ],
     }
+
+
+def rows_of(document: dict[str, Any]) -> list[Row]:
+    """The rows of a JSON document that :func:`document` made; KeyError or TypeError if it is none."""
+    rows = []
+    for row in document["rows"]:
+        families = {name: Score(score["right"], score["asked"]) for name, score in row["families"].items()}
+        ttft_ms = math.nan if row["ttft_ms"] is None else row["ttft_ms"]
+        encode_ms = row.get("encode_ms", document.get("encode_ms"))
+        one = Row(
+            row["method"], row["keep"], row["share"], families, row["cost_ms"], ttft_ms, row["kv_bytes"], encode_ms
+        )
+        rows.append(one)
+    return rows
+
+
+def updated(before: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
+    """Rows with those measured anew in the places of the old ones; new ones stand behind the others of their budget."""
+    fresh = {(row.keep, row.method): row for row in measured}
+    rows: list[Row] = []
+    for keep in dict.fromkeys(row.keep for row in (*before, *measured)):
+        mine = [fresh.pop((keep, row.method), row) for row in before if row.keep == keep]
+        rows += [*mine, *(row for row in measured if row.keep == keep and (keep, row.method) in fresh)]
+    return rows
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -139,12 +168,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def write(rows: Sequence[Row], conditions: str, encode_ms: float, folder: Path) -> str:
+def write(rows: Sequence[Row], conditions: str, folder: Path) -> str:
     """Write the page, the JSON document and the plot into ``folder``; the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    page = markdown(rows, conditions, encode_ms)
+    page = markdown(rows, conditions)
     (folder / "quality.md").write_text(page, encoding="utf-8")
-    (folder / "quality.json").write_text(json.dumps(document(rows, conditions, encode_ms), indent=1) + "\n", "utf-8")
+    (folder / "quality.json").write_text(json.dumps(document(rows, conditions), indent=1) + "\n", "utf-8")
     plot(rows, folder / "quality.png")
     return page
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import multiprocessing
 import secrets
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -36,29 +37,33 @@ from prismserve.worker_runtime.host import WorkerHost
 from prismserve.worker_runtime.runtime import WorkerRuntime
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
     from PIL import Image
 
+    from prismserve.router.calls import CompressionField
     from prismserve.router.usage import Usage
 
 START_TIMEOUT_S: Final = 300.0
 CLUSTER_ID: Final = "benchmark"
 DTYPE: Final = "float32"
+_LOOK_S: Final = 15.0
+_READY: Final = "ready"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One call: the text of its messages in order, user and assistant in turns, and the pictures of the first one.
 
-    Under another ``salt`` nothing that was cached is found.
+    Under another ``salt`` nothing that was cached is found. ``compression`` is as callers give it.
     """
 
     texts: tuple[str, ...]
     pictures: tuple[bytes, ...] = ()
     max_tokens: int = 1
     salt: str = ""
+    compression: CompressionField = None
 
     def call(self) -> Call:
         """What a front door would make of it; greedy."""
@@ -71,6 +76,7 @@ class Turn:
             options={"temperature": 0, "max_tokens": self.max_tokens},
             messages=messages,
             media=tuple(ImageSource(picture, "image") for picture in self.pictures),
+            compression=self.compression,
             cache_salt=self.salt,
         )
 
@@ -93,12 +99,16 @@ class SmallCluster:
 
     Attributes:
         model: a checkpoint directory or name.
+        start_timeout_s: how long each worker, and the router's connections, may take to be ready.
+        say: called with what a start is at, one line at a time, from any thread.
         runtimes: workers in this process.
         router: how it is asked; there after :meth:`open_router`.
         facts: of the model; there after :meth:`open_router`.
     """
 
     model: str = "reference"
+    start_timeout_s: float = START_TIMEOUT_S
+    say: Callable[[str], None] = lambda _: None
     runtimes: list[WorkerRuntime] = field(default_factory=list)
     router: RouterService | None = None
     facts: ModelFacts | None = None
@@ -147,7 +157,7 @@ class SmallCluster:
 
     async def add_process(self, role: Role, **changes: Any) -> None:
         """Start a worker in a process of its own."""
-        process = _WorkerProcess(self.config(role, **changes))
+        process = _WorkerProcess(self.config(role, **changes), self.start_timeout_s, self.say)
         self._processes.append(process)
         await asyncio.to_thread(process.wait_ready)
 
@@ -176,7 +186,7 @@ class SmallCluster:
             processor, self.facts, self._index, config, cluster_secret=self._secret, fidelity=fidelity
         )
         await self.router.start()
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + self.start_timeout_s
         while sum(session.connected for session in self.router.pool.sessions) < workers:
             if time.monotonic() > deadline:
                 message = f"the router was not connected to {workers} workers in time"
@@ -189,7 +199,8 @@ class SmallCluster:
         if self.router is None:
             message = "open_router was not called"
             raise RuntimeError(message)
-        text, usage, tokens = "", None, []
+        text, usage = "", None
+        tokens: list[int] = []
         started_s, first_s = time.monotonic(), 0.0
         async with contextlib.aclosing(self.router.answer(turn.call(), arrived_at=started_s)) as events:
             async for event in events:
@@ -229,21 +240,31 @@ def _attach(runtime: WorkerRuntime) -> None:
 class _WorkerProcess:
     """A worker in a process of its own; it ends with :meth:`stop` or with this process."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, timeout_s: float, say: Callable[[str], None]) -> None:
         context = multiprocessing.get_context("spawn")
+        self._role, self._timeout_s, self._say = config.role.value, timeout_s, say
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(config, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(config, theirs, timeout_s), daemon=True)
         self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
 
     def wait_ready(self) -> None:
-        if not self._pipe.poll(START_TIMEOUT_S):
-            message = "a worker did not start in time"
-            raise RuntimeError(message)
-        try:
-            self._pipe.recv()
-        except EOFError:
-            message = "a worker ended while it was starting"
-            raise RuntimeError(message) from None
+        began = time.monotonic()
+        stage = "starting"
+        while stage != _READY:
+            waited_s = time.monotonic() - began
+            if waited_s >= self._timeout_s:
+                message = f"the {self._role} worker was not ready in {self._timeout_s:.0f} s; it was {stage}"
+                raise RuntimeError(message)
+            if not self._pipe.poll(min(_LOOK_S, self._timeout_s - waited_s)):
+                self._say(f"the {self._role} worker is still {stage} after {time.monotonic() - began:.0f} s")
+                continue
+            try:
+                stage = self._pipe.recv()
+            except EOFError:
+                message = f"the {self._role} worker ended while it was {stage}"
+                raise RuntimeError(message) from None
+        self._say(f"the {self._role} worker is ready after {time.monotonic() - began:.0f} s")
 
     def stop(self) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -254,9 +275,18 @@ class _WorkerProcess:
             self._process.join(5.0)
 
 
-def _serve(config: WorkerConfig, orders: Connection) -> None:
-    host = WorkerHost(config, _attach, lambda *_: None, START_TIMEOUT_S)
-    orders.send("ready")
+def _serve(config: WorkerConfig, orders: Connection, timeout_s: float) -> None:
+    stages: list[str] = []
+    lock = threading.Lock()
+
+    def progress(stage: str, _done: int, _total: int) -> None:
+        with lock:
+            if stage not in stages:
+                stages.append(stage)
+                orders.send(f"at {stage}")
+
+    host = WorkerHost(config, _attach, progress, timeout_s)
+    orders.send(_READY)
     with contextlib.suppress(EOFError):
         orders.recv()
     host.stop()

@@ -172,7 +172,8 @@ def plot(results: Sequence[Measured], path: Path) -> None:
         axes.axhline(1.0, color="0.6", linewidth=0.8)
         axes.set_xticks(range(len(bars)), list(bars))
         axes.set(ylabel="speed, times ours", title=measured.model)
-        axes.legend(fontsize=8)
+        axes.set_ylim(top=1.25 * axes.get_ylim()[1])
+        axes.legend(fontsize=8, ncols=len(systems), loc="upper center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

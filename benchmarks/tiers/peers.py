@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -14,17 +15,22 @@ from benchmarks.engine.environments import environment
 from benchmarks.tiers.stores import LABEL, Rates
 from prismserve.core.types import KVLayout
 from prismserve.engine.pool import KVPool
+from prismserve.kv_transfer.tiers import host
 from prismserve.kv_transfer.tiers.config import TierConfig
 from prismserve.kv_transfer.tiers.eviction import Label
 from prismserve.kv_transfer.tiers.store import TierStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 LMCACHE_STEPS: Final = (("torch",), ("lmcache==0.5.6",))
 LAYOUT: Final = KVLayout("float32", 24, 2, 64, 16)
 """KV of the 0.45-billion-parameter model of ``benchmarks.engine``."""
 RUN_BLOCKS: Final = 32
+OURS: Final = "prismserve"
+ONE_THREAD: Final = "prismserve, one thread"
+UNCHECKED: Final = "prismserve, one thread, no checksum"
+LMCACHE: Final = "lmcache"
 _SCRIPT: Final = Path(__file__).with_name("lmcache_peer.py")
 _START_TIMEOUT_S: Final = 300.0
 _STORE_TIMEOUT_S: Final = 60.0
@@ -45,35 +51,74 @@ class _Source:
 def restore_rates(blocks: int, rounds: int, lmcache_python: Path | None) -> Rates:
     """Bytes per second of restoring all blocks, in runs, from host memory into a pool; LMCache's if it is there.
 
-    Ours reads, verifies the checksum and writes into the pool; LMCache looks up and copies.
+    Ours reads, verifies the checksum and writes into the pool, as workers do it (``prismserve``), with one thread, and
+    with one thread and no checksum; LMCache looks up and copies, with one thread.
     """
     pool = KVPool(LAYOUT, blocks)
     block_bytes = pool.memory.group_bytes
     generator = torch.Generator().manual_seed(2)
     data = torch.randint(0, 256, (blocks, block_bytes), dtype=torch.uint8, generator=generator)
     keys = [index.to_bytes(32, "big") for index in range(blocks)]
-    store = TierStore(
-        TierConfig(host_bytes=2 * blocks * block_bytes, queue_blocks_max=blocks),
-        block_bytes,
-        bytes(32),
-        _Source(dict(zip(keys, data, strict=True))),
-    )
-    store.offer(keys)
-    if not store.drain(_STORE_TIMEOUT_S):
-        message = "the blocks were not stored in time"
-        raise RuntimeError(message)
-    rates = Rates()
-    peer = None if lmcache_python is None else _Peer(lmcache_python, block_bytes, blocks)
-    try:
+    source = _Source(dict(zip(keys, data, strict=True)))
+    rates, nbytes = Rates(), blocks * block_bytes
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(_filled(source, keys, nbytes, threads)) for threads in (None, 1)]
+        with _without_checksums():
+            unchecked = stack.enter_context(_filled(source, keys, nbytes, 1))
+        peer = None
+        if lmcache_python is not None:
+            peer = stack.enter_context(contextlib.closing(_Peer(lmcache_python, block_bytes, blocks)))
         for _ in range(rounds):
-            rates.add("prismserve", blocks * block_bytes, lambda: _restore(store, pool, keys))
+            for name, store in zip((OURS, ONE_THREAD), stores, strict=True):
+                rates.add(name, nbytes, lambda store=store: _restore(store, pool, keys))  # type: ignore[misc]
+                _check_pool(pool, data)
+            with _without_checksums():
+                rates.add(UNCHECKED, nbytes, lambda: _restore(unchecked, pool, keys))
             if peer is not None:
-                rates.rounds.setdefault("lmcache", []).append(blocks * block_bytes / peer.round_s())
+                rates.rounds.setdefault(LMCACHE, []).append(nbytes / peer.round_s())
+    return rates
+
+
+@contextlib.contextmanager
+def _filled(source: _Source, keys: Sequence[bytes], nbytes: int, threads: int | None) -> Iterator[TierStore]:
+    """A store that holds all blocks in host memory."""
+    config = TierConfig(host_bytes=2 * nbytes, queue_blocks_max=len(keys))
+    if threads is not None:
+        config = config.model_copy(update={"io_threads": threads})
+    store = TierStore(config, nbytes // len(keys), bytes(32), source)
+    try:
+        store.offer(keys)
+        if not store.drain(_STORE_TIMEOUT_S):
+            message = "the blocks were not stored in time"
+            raise RuntimeError(message)
+        yield store
     finally:
         store.close()
-        if peer is not None:
-            peer.close()
-    return rates
+
+
+@contextlib.contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Inside, blocks are copied into and out of host memory without being hashed."""
+    before, host.copy_hashed = host.copy_hashed, _copy_only
+    try:
+        yield
+    finally:
+        host.copy_hashed = before
+
+
+def _copy_only(source: torch.Tensor, target: torch.Tensor | None) -> bytes:
+    if target is not None:
+        target.copy_(source)
+    return bytes(16)
+
+
+def _check_pool(pool: KVPool, data: torch.Tensor) -> None:
+    """What was restored is what was stored; the pool is wiped for the next contender."""
+    restored = pool.storage.view(len(data), -1).view(torch.uint8)
+    if not torch.equal(restored, data):
+        message = "a block came back changed"
+        raise RuntimeError(message)
+    restored.zero_()
 
 
 def lmcache_environment(folder: Path) -> Path:

@@ -79,7 +79,9 @@ def host_rates(block_bytes: int, blocks: int, rounds: int) -> Rates:
 def disk_rates(folder: Path, block_bytes: int, blocks: int, rounds: int, threads: int) -> tuple[Rates, bool]:
     """Raw reads and the file tier's; also whether the file system took O_DIRECT."""
     source = _filled(blocks, block_bytes)
-    target = torch.zeros_like(source)
+    # As a KV pool's blocks lie.
+    memory = mmap.mmap(-1, blocks * aligned(block_bytes))
+    target = torch.frombuffer(memory, dtype=torch.uint8).view(blocks, -1)[:, :block_bytes]
     config = TierConfig(
         disk_path=str(folder),
         disk_bytes=blocks * (aligned(block_bytes) + 128) + (1 << 20),

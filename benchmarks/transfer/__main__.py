@@ -1,18 +1,23 @@
-"""Links between two processes beside raw NIXL, Mooncake and memcpy; with ``--end-to-end``, what they cost a request.
+"""Links between two processes beside raw NIXL, Mooncake and memcpy; or, with ``--end-to-end``, whole requests.
 
-    python -m benchmarks.transfer [--rounds N] [--sizes KIB,KIB,...] [--end-to-end] [--out FOLDER] [--cache FOLDER]
+    python -m benchmarks.transfer [--rounds N] [--sizes KIB,KIB,...] [--out FOLDER] [--cache FOLDER]
+    python -m benchmarks.transfer --end-to-end [exposed] [accuracy] [--rounds N] [--per-family N]
+        [--start-timeout-s SECONDS] [--quick] [--out FOLDER] [--cache FOLDER]
 
 Links are measured twice: as NIXL connects two processes of one machine, and in a second process with ``UCX_TLS=tcp``,
 where Mooncake's TCP engine takes part. It lives in an environment of its own in the cache folder, made when it is not
 there; where it cannot be installed its column is missing and the page says why. Contenders take turns at each size in
 every round, and the median of each one's best round counts.
+
+Whole requests go through one prefill and one decode worker: what of the time to first token of a LLaVA-shaped model is
+waiting for KV, and how many bytes the bundled model's pictures take at which accuracy. ``transfer_end_to_end.md`` and
+``.json`` are written after each part; a part that is not named stays on the page as it was measured last.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
@@ -23,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.transfer import end_to_end, links, mooncake, report
+from prismserve.core.errors import PrismServeError
 
 RESULTS: Final = Path(__file__).resolve().parents[1] / "results"
 _TCP: Final = {"UCX_TLS": "tcp"}
@@ -31,7 +37,13 @@ _TCP_TIMEOUT_S: Final = 3600.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.end_to_end is not None:
+        return _end_to_end(parser, options)
+    options.rounds = links.ROUNDS if options.rounds is None else options.rounds
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
     sizes = [int(size) << 10 for size in options.sizes.split(",")]
     if options.tcp_samples is not None:
         _measure_tcp(sizes, options.rounds, options.cache, options.tcp_samples)
@@ -55,27 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.link_table(tcp, sizes, report.TCP_RATIOS),
         *(["", f"Mooncake did not take part: {missing}"] if missing else []),
     ]
-    document: dict[str, Any] = {"memory": _figures(memory), "tcp": _figures(tcp)}
-    if options.end_to_end:
-        exposures = end_to_end.exposures(options.cache, options.images)
-        qualities = end_to_end.qualities(options.per_family)
-        lines += [
-            "",
-            "## A whole request",
-            "",
-            f"One prefill and one decode worker, a LLaVA-1.5-shaped checkpoint of random weights, {options.images} new",
-            "pictures for each plan, one at a time. Exposed is what the transfer adds to the time to first token.",
-            "",
-            report.exposure_table(exposures),
-            "",
-            f"The reference model, {qualities[0].score.asked} held-out questions under each preset:",
-            "",
-            report.quality_table(qualities),
-        ]
-        document |= {
-            "exposures": [dataclasses.asdict(row) for row in exposures],
-            "qualities": [dataclasses.asdict(row) for row in qualities],
-        }
+    document = {"memory": _figures(memory), "tcp": _figures(tcp)}
     text = "\n".join(lines) + "\n"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "transfer.md").write_text(text, encoding="utf-8")
@@ -85,13 +77,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _end_to_end(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    parts = options.end_to_end or end_to_end.PARTS
+    unknown = [part for part in parts if part not in end_to_end.PARTS]
+    if unknown:
+        parser.error(f"--end-to-end: unknown parts {', '.join(unknown)}; there are {', '.join(end_to_end.PARTS)}")
+    asked = end_to_end.Options(
+        parts=parts,
+        rounds=end_to_end.ROUNDS if options.rounds is None else options.rounds,
+        per_family=options.per_family,
+        quick=options.quick,
+        start_timeout_s=options.start_timeout_s,
+        cache=options.cache,
+    )
+    if min(asked.rounds, asked.per_family) < 1 or asked.start_timeout_s <= 0:
+        parser.error("--rounds and --per-family must be at least 1, and --start-timeout-s more than 0")
+    try:
+        print(end_to_end.run(asked, options.out), end="")
+    except (PrismServeError, RuntimeError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=links.ROUNDS)
-    parser.add_argument("--sizes", default=",".join(str(size >> 10) for size in links.SIZES), help="in KiB")
-    parser.add_argument("--end-to-end", action="store_true", help="requests through whole clusters, too")
-    parser.add_argument("--images", type=int, default=end_to_end.IMAGES, help="new pictures for each plan")
-    parser.add_argument("--per-family", type=int, default=end_to_end.PER_FAMILY, help="questions of each family")
+    parser.add_argument("--rounds", type=int, help=f"of links ({links.ROUNDS}), or requests ({end_to_end.ROUNDS})")
+    parser.add_argument("--sizes", default=",".join(str(size >> 10) for size in links.SIZES), help="of links, in KiB")
+    parser.add_argument(
+        "--end-to-end",
+        nargs="*",
+        metavar="PART",
+        help=f"whole requests instead of links; parts: {', '.join(end_to_end.PARTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--per-family", type=int, default=end_to_end.PER_FAMILY, help="questions of each family (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--start-timeout-s",
+        type=float,
+        default=end_to_end.START_TIMEOUT_S,
+        help="how long a worker may take to be ready (default: %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="whole requests to a tiny model: does it all work?")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/prismserve-bench").expanduser())
     parser.add_argument("--tcp-samples", type=Path, help=argparse.SUPPRESS)

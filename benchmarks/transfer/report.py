@@ -1,4 +1,4 @@
-"""Tables and the plot of the transfer benchmark."""
+"""Tables and the plot of the links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.tables import markdown_table
-from benchmarks.transfer.end_to_end import Exposure, Quality
 from benchmarks.transfer.links import Samples
 
 Ratio = tuple[str, str, str]
@@ -45,41 +44,6 @@ def link_table(samples: Samples, sizes: Sequence[int], ratios: Sequence[Ratio]) 
         divided = [f"{rate[above] / rate[below]:.2f}" for _, above, below in wanted]
         rows.append([size(nbytes), *(f"{rate[name]:.2f}" for name in names), *divided])
     return markdown_table(["write", *names, *(title for title, _, _ in wanted)], rows)
-
-
-def exposure_table(rows: Sequence[Exposure]) -> str:
-    """What waiting for KV adds to the time to first token."""
-    return markdown_table(
-        ["plan", "TTFT (ms)", "exposed transfer (ms)", "share", "KV sent (KiB)", "transport"],
-        [
-            [
-                row.plan,
-                f"{row.ttft_ms:.0f}",
-                f"{row.exposed_ms:.1f}",
-                f"{100 * row.share:.1f} %",
-                f"{row.kv_bytes_sent / 1024:.0f}",
-                row.transport,
-            ]
-            for row in rows
-        ],
-    )
-
-
-def quality_table(rows: Sequence[Quality]) -> str:
-    """Bytes beside accuracy."""
-    return markdown_table(
-        ["preset", "exact match", "95 % interval", "KV sent (KiB)", "of off"],
-        [
-            [
-                row.preset,
-                f"{100 * row.score.share:.1f} %",
-                f"{100 * row.score.interval[0]:.1f} to {100 * row.score.interval[1]:.1f}",
-                f"{row.kv_bytes_sent / 1024:.0f}",
-                f"{100 * row.share:.1f} %",
-            ]
-            for row in rows
-        ],
-    )
 
 
 def plot(panels: Mapping[str, Samples], sizes: Sequence[int], path: Path) -> None:

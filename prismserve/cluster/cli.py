@@ -14,7 +14,7 @@ COMMANDS = {
     "serve": "start a cluster and stay up",
     "chat": "ask about images in the terminal",
     "status": "show pools, queues, caches and transfer rates of a running cluster",
-    "presets": "show which presets are in force, hold one back or release it",
+    "presets": "show which presets are in force and what they do, hold one back or release it",
     "keys": "make an API key for a tenant",
     "doctor": "check this machine and say what to do",
     "methods": "list the compression methods",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from prismserve.compression import loader
+from prismserve.kernels.subsets import merge_rows
 
 if TYPE_CHECKING:
+    import torch
+
     from prismserve.compression.base import VisualFeatures, VisualPlan
     from prismserve.core.types import MethodSpec
 
@@ -20,14 +21,9 @@ def plan_visual(features: VisualFeatures, spec: MethodSpec) -> VisualPlan:
 
 def carry_out(tokens: torch.Tensor, plan: VisualPlan) -> torch.Tensor:
     """What a plan makes of tokens [N, C]: [k, C] in their dtype; those that survive unmerged are bit-equal."""
-    survivors = tokens[plan.indices]
     if plan.weights is None:
-        return survivors
-    merged = plan.weights @ tokens.to(plan.weights.dtype)
-    # Gathered rather than multiplied, so that reduced matmul precision cannot change a token nothing was merged into.
-    own = plan.weights.gather(1, plan.indices[:, None])[:, 0]
-    untouched = ((plan.weights != 0).sum(1) == 1) & (own == 1)
-    return torch.where(untouched[:, None], survivors, merged.to(survivors.dtype))
+        return tokens[plan.indices]
+    return merge_rows(plan.weights, tokens.to(plan.weights.dtype)).to(tokens.dtype)
 
 
 def apply_visual(features: VisualFeatures, spec: MethodSpec) -> tuple[torch.Tensor, torch.Tensor]:

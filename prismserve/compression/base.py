@@ -60,7 +60,11 @@ class Need(enum.StrEnum):
     PROJECTED = "projected"
     TEXT_EMBEDDINGS = "text_embeddings"
     QUESTION_ATTENTION = "question_attention"
+    SELECTOR = "token_selector"
 
+
+BESIDE_THE_MODEL: Final = frozenset({Need.TEXT_TOWER, Need.SELECTOR})
+"""What has weights of its own, in a folder of that name in the model's directory."""
 
 FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION})
 """What every model that sees can provide; the rest depends on its encoder."""
@@ -88,6 +92,8 @@ class VisualFeatures:
             zeros if there is no text. A pass of the decoder up to that layer. None unless asked for.
         aligned: [N, P] patches in the space the encoder shares with its text tower; None unless asked for.
         aligned_text: [S, P] segments of the scoring text in that space; None unless asked for.
+        selected: as ``asked``, but of the last layer of the trained selector beside the model, whatever depth is named; None
+            unless asked for.
     """
 
     tokens: torch.Tensor
@@ -101,6 +107,7 @@ class VisualFeatures:
     asked: Asked | None = None
     aligned: torch.Tensor | None = None
     aligned_text: torch.Tensor | None = None
+    selected: Asked | None = None
 
 
 @dataclass(frozen=True, slots=True)

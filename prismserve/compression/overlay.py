@@ -17,17 +17,23 @@ ROWS_MAX: Final = 8
 """Most images and frames that are drawn; those after them are left out."""
 STAGES_MAX: Final = 8
 """Most stages that are drawn, the last ones."""
-_PANEL_PX: Final = 392
-_GAP_PX: Final = 12
-_TEXT_PX: Final = 18
+PANEL_PX: Final = 392
+GAP_PX: Final = 12
+TEXT_PX: Final = 34
+"""Two lines: the stage, and what it did."""
+_LINE_PX: Final = 16
+_SWATCH_PX: Final = 14
 _LINES_MAX: Final = 1024
 _PAPER: Final = (250, 250, 250)
 _INK: Final = (20, 20, 20)
-_KEPT: Final = (46, 160, 67)
+_KEPT: Final = (0, 150, 60)
+_EDGE: Final = (255, 255, 255)
 _MERGED: Final = (40, 110, 235)
-_DROPPED: Final = (60, 10, 10)
-_GONE: Final = (0, 0, 0)
-_LEGEND: Final = (("kept", _KEPT), ("merged into another", _MERGED), ("dropped", _DROPPED), ("left earlier", _GONE))
+_DROPPED: Final = (190, 30, 30)
+_GONE: Final = (96, 96, 96)
+_MERGED_VEIL: Final = 0.5
+_DROPPED_VEIL: Final = 0.55
+_GONE_VEIL: Final = 0.85
 
 
 def draw(explanation: Explanation, frames: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -50,34 +56,35 @@ def draw(explanation: Explanation, frames: Sequence[Sequence[Image.Image]]) -> I
                 rows.append((medium, picture, first + frame * medium.grid.rows * medium.grid.columns))
         first += medium.grid.tokens
     seen = [_seen(picture, medium) for medium, picture, _ in rows]
-    width = (_PANEL_PX + _GAP_PX) * (1 + len(stages)) + _GAP_PX
-    height = sum(panel.height + _TEXT_PX + _GAP_PX for panel in seen) + 2 * _GAP_PX + _TEXT_PX
+    width = (PANEL_PX + GAP_PX) * (1 + len(stages)) + GAP_PX
+    height = sum(panel.height + TEXT_PX + GAP_PX for panel in seen) + 2 * GAP_PX + _SWATCH_PX
     sheet = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    top = _GAP_PX
+    top = GAP_PX
     for (medium, _, place), panel in zip(rows, seen, strict=True):
-        _paste(sheet, pen, panel, (_GAP_PX, top), f"as seen, {medium.grid.rows} x {medium.grid.columns} tokens")
+        tokens = f"{medium.grid.rows} x {medium.grid.columns} tokens, {explanation.places} in all"
+        _paste(sheet, pen, panel, (GAP_PX, top), ("as the model sees it", tokens))
         for number, stage in enumerate(stages, 1):
-            left = _GAP_PX + number * (_PANEL_PX + _GAP_PX)
-            _paste(sheet, pen, _panel(panel, medium, stage, place), (left, top), _caption(stage))
-        top += panel.height + _TEXT_PX + _GAP_PX
-    _legend(pen, top)
+            left = GAP_PX + number * (PANEL_PX + GAP_PX)
+            _paste(sheet, pen, _panel(panel, medium, stage, place), (left, top), (stage.title, _counts(stage)))
+        top += panel.height + TEXT_PX + GAP_PX
+    _legend(pen, top, stages)
     return sheet
 
 
-def _caption(stage: Stage) -> str:
+def _counts(stage: Stage) -> str:
     parts = [f"{stage.kept} kept"]
     parts += [f"{stage.merged} merged"] if stage.merged else []
     parts += [f"{stage.dropped} dropped"] if stage.dropped else []
-    return f"{stage.title}: {', '.join(parts)}"
+    return ", ".join(parts)
 
 
 def _seen(picture: Image.Image, medium: Medium) -> Image.Image:
     """The part of a picture that the grid covers, as wide as a panel; black where the model pads."""
     left, top, right, bottom = medium.box
     cropped = picture.convert("RGB").crop((round(left), round(top), round(right), round(bottom)))
-    height = max(1, min(2 * _PANEL_PX, round(_PANEL_PX * cropped.height / cropped.width)))
-    return cropped.resize((_PANEL_PX, height), Image.Resampling.LANCZOS)
+    height = max(1, min(2 * PANEL_PX, round(PANEL_PX * cropped.height / cropped.width)))
+    return cropped.resize((PANEL_PX, height), Image.Resampling.LANCZOS)
 
 
 def _panel(panel: Image.Image, medium: Medium, stage: Stage, first: int) -> Image.Image:
@@ -91,26 +98,48 @@ def _panel(panel: Image.Image, medium: Medium, stage: Stage, first: int) -> Imag
         row, column = divmod(place - first, grid.columns)
         return edges_x[column], edges_y[row], edges_x[column + 1] - 1, edges_y[row + 1] - 1
 
+    # What left has no colour of its own any more, so that what is kept stands out.
+    grey = panel.convert("L").convert("RGB")
+    drawn = panel.copy()
+    for place in range(first, first + area):
+        fate = stage.fates[place]
+        if fate != place:
+            box = (*cell(place)[:2], cell(place)[2] + 1, cell(place)[3] + 1)
+            drawn.paste(_veiled((panel if fate >= 0 else grey).crop(box), fate), box[:2])
     veil = Image.new("RGBA", panel.size, (0, 0, 0, 0))
     pen = ImageDraw.Draw(veil)
     lines = 0
-    for place in range(first, first + area):
-        fate = stage.fates[place]
-        if fate == place:
-            pen.rectangle(cell(place), outline=(*_KEPT, 255))
-        elif fate == DROPPED:
-            pen.rectangle(cell(place), fill=(*_DROPPED, 205))
-        elif fate == GONE:
-            pen.rectangle(cell(place), fill=(*_GONE, 245))
-        else:
-            pen.rectangle(cell(place), fill=(*_MERGED, 120))
+    heads: set[int] = set()
     for place in range(first, first + area):
         fate = stage.fates[place]
         # What merges into another frame or image has no line.
         if fate not in (place, DROPPED, GONE) and first <= fate < first + area and lines < _LINES_MAX:
-            pen.line((*_centre(cell(place)), *_centre(cell(fate))), fill=(255, 255, 255, 110))
+            pen.line((*_centre(cell(place)), *_centre(cell(fate))), fill=(*_EDGE, 150))
             lines += 1
-    return Image.alpha_composite(panel.convert("RGBA"), veil).convert("RGB")
+            heads.add(fate)
+    for place in range(first, first + area):
+        if stage.fates[place] == DROPPED:
+            pen.line(cell(place), fill=(*_DROPPED, 160))
+        elif stage.fates[place] == place:
+            _frame(pen, cell(place))
+    for head in heads:
+        across, down = _centre(cell(head))
+        pen.ellipse((across - 4, down - 4, across + 4, down + 4), fill=(*_MERGED, 255), outline=(*_EDGE, 255))
+    return Image.alpha_composite(drawn.convert("RGBA"), veil).convert("RGB")
+
+
+def _veiled(patch: Image.Image, fate: int) -> Image.Image:
+    """A patch that does not go on: blue where it is merged, red where it is dropped here, grey where it had left."""
+    colour, share = {DROPPED: (_DROPPED, _DROPPED_VEIL), GONE: (_GONE, _GONE_VEIL)}.get(fate, (_MERGED, _MERGED_VEIL))
+    return Image.blend(patch, Image.new("RGB", patch.size, colour), share)
+
+
+def _frame(pen: ImageDraw.ImageDraw, cell: tuple[int, int, int, int]) -> None:
+    """Around a patch that goes on: green with white inside, which shows on light and on dark pictures."""
+    left, top, right, bottom = cell
+    pen.rectangle(cell, outline=(*_KEPT, 255), width=2)
+    if right - left > 12 and bottom - top > 12:
+        pen.rectangle((left + 2, top + 2, right - 2, bottom - 2), outline=(*_EDGE, 150))
 
 
 def _centre(cell: tuple[int, int, int, int]) -> tuple[float, float]:
@@ -118,19 +147,28 @@ def _centre(cell: tuple[int, int, int, int]) -> tuple[float, float]:
 
 
 def _paste(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, panel: Image.Image, corner: tuple[int, int], text: str
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, panel: Image.Image, corner: tuple[int, int], lines: tuple[str, str]
 ) -> None:
     left, top = corner
-    pen.text((left, top), _fitting(text), fill=_INK, font=_font())
-    sheet.paste(panel, (left, top + _TEXT_PX))
+    for number, text in enumerate(lines):
+        pen.text((left, top + number * _LINE_PX), _fitting(text), fill=_INK, font=_font())
+    sheet.paste(panel, (left, top + TEXT_PX))
 
 
-def _legend(pen: ImageDraw.ImageDraw, top: int) -> None:
-    left = _GAP_PX
-    for text, colour in _LEGEND:
-        pen.rectangle((left, top, left + 12, top + 12), fill=colour)
-        pen.text((left + 18, top), text, fill=_INK, font=_font())
-        left += 18 + round(_font().getlength(text)) + 2 * _GAP_PX
+def _legend(pen: ImageDraw.ImageDraw, top: int, stages: Sequence[Stage]) -> None:
+    """Only of what is in the picture, as it looks there."""
+    entries = (
+        ("goes on", any(stage.kept for stage in stages), _PAPER, _KEPT),
+        ("merged into the token with the dot", any(stage.merged for stage in stages), _MERGED, _MERGED),
+        ("dropped in this stage", any(stage.dropped for stage in stages), _DROPPED, _DROPPED),
+        ("had left before", any(GONE in stage.fates for stage in stages), _GONE, _GONE),
+    )
+    left = GAP_PX
+    for text, there, colour, edge in entries:
+        if there:
+            pen.rectangle((left, top, left + _SWATCH_PX, top + _SWATCH_PX), fill=colour, outline=edge, width=2)
+            pen.text((left + 20, top), text, fill=_INK, font=_font())
+            left += 20 + round(_font().getlength(text)) + 2 * GAP_PX
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -140,8 +178,8 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _fitting(text: str) -> str:
     """``text``, cut where it would be wider than a panel."""
     font = _font()
-    if font.getlength(text) <= _PANEL_PX:
+    if font.getlength(text) <= PANEL_PX:
         return text
-    while text and font.getlength(text + "…") > _PANEL_PX:
+    while text and font.getlength(text + "…") > PANEL_PX:
         text = text[:-1]
     return text + "…"

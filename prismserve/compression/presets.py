@@ -12,6 +12,8 @@ Accepted forms::
 
 Inside an object a string stands for the bare name (``"wire": "int8"``), and leaving out ``method`` or ``codec`` keeps
 the one below and changes its parameters only. ``null`` is the same as absent.
+
+What a preset stands for depends on what the model's images and videos allow: ``presets_table``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from prismserve.compression import loader, wire
+from prismserve.compression.presets_table import PRESETS, Basis, Preset
 from prismserve.core.errors import InvalidRequestError, UnknownMethodError
 from prismserve.core.types import CompressionPlan, MethodSpec
 
@@ -34,33 +37,23 @@ KEYS_MAX: Final = 16
 INTEGER_MAX: Final = 2**53
 """Largest magnitude of an integer parameter: every JSON reader holds it exactly."""
 
-_Parts = tuple[str, tuple[tuple[str, float], ...], str]
-_PRESETS: Final[Mapping[str, _Parts]] = MappingProxyType(
-    {
-        # Points of exact match lost by the visual method on the bundled model, and in its worst family
-        # (benchmarks/results/quality.md; 1,000 questions, "off" has 98.9, an interval is about 1.6 wide on either side).
-        # prism is within half a point of visionzip at these budgets, and 12 points ahead at half of turbo's.
-        "off": ("none", (), "none"),
-        "quality": ("visionzip", (("keep", 0.5),), "none"),  # 0.3; count, relation and word 1
-        "balanced": ("visionzip", (("keep", 0.25),), "int8"),  # 0.9; count 6
-        "turbo": ("visionzip", (("keep", 0.125),), "int8"),  # 5.7; count 27
-    }
-)
 _STAGES: Final[Mapping[str, str]] = MappingProxyType({"visual": "method", "prefill": "method", "wire": "codec"})
+_NAMES: Final = tuple(PRESETS[Basis.SALIENCE])
 _CUSTOM: Final = "custom"
 
 
 def names() -> tuple[str, ...]:
     """The presets, from exact to smallest."""
-    return tuple(_PRESETS)
+    return _NAMES
 
 
-def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionPlan:
+def resolve(value: str | Mapping[str, Any] | None, default: str, basis: Basis = Basis.SALIENCE) -> CompressionPlan:
     """Turn what a request asked for into a plan.
 
     Args:
         value: the field as it came from JSON: a name, an object, or None for the server's default. Untrusted.
         default: a preset or method name; fills in what ``value`` leaves out.
+        basis: what presets find to act on; see :func:`prismserve.compression.presets_table.basis_of`.
 
     Returns:
         A plan whose specs are normalised: equal requests give equal fingerprints. ``preset`` is the preset's name if
@@ -71,12 +64,12 @@ def resolve(value: str | Mapping[str, Any] | None, default: str) -> CompressionP
         InvalidRequestError: wrong type, unknown key, value out of range; names the field by its path.
     """
     if value is None:
-        return _named(default, "")
+        return _named(default, "", basis)
     if isinstance(value, str):
-        return _named(_text(value, FIELD), default)
+        return _named(_text(value, FIELD), default, basis)
     asked = _object(value, FIELD)
     _check_keys(asked, ("preset", *_STAGES), FIELD)
-    base = _base(asked.get("preset"), default)
+    base = _base(asked.get("preset"), default, basis)
     visual = _part(asked.get("visual"), "visual", base.visual)
     prefill = _part(asked.get("prefill"), "prefill", base.prefill)
     on_wire = _part(asked.get("wire"), "wire", base.wire)
@@ -100,43 +93,47 @@ def asked(value: str | Mapping[str, Any] | None, default: str) -> str | None:
             return None
         value = given.get("preset")
     name = default if value is None else value
-    return name if name in _PRESETS else None
+    return name if name in _NAMES else None
 
 
-def _base(preset: Any, default: str) -> CompressionPlan:
+def _base(preset: Any, default: str, basis: Basis) -> CompressionPlan:
     if preset is None:
-        return _named(default, "")
+        return _named(default, "", basis)
     field = f"{FIELD}.preset"
     if not isinstance(preset, str):
         message = f"{field} must be a name, not {_kind(preset)}"
         raise InvalidRequestError(message, field=field)
-    if _text(preset, field) not in _PRESETS:
-        message = f"unknown preset {preset!r}; available: {', '.join(_PRESETS)}"
+    if _text(preset, field) not in _NAMES:
+        message = f"unknown preset {preset!r}; available: {', '.join(_NAMES)}"
         raise UnknownMethodError(message, field=field)
-    return _named(preset, "")
+    return _named(preset, "", basis)
 
 
 @functools.lru_cache(maxsize=64)
-def _named(name: str, default: str) -> CompressionPlan:
+def _named(name: str, default: str, basis: Basis) -> CompressionPlan:
     """The plan of a preset or method name; a method leaves the wire to ``default``, none if that is empty.
 
     A name that both a visual and a prefill method have is the visual one's.
     """
     none = _spec("prefill", "none", {})
-    if name in _PRESETS:
-        visual, params, codec = _PRESETS[name]
-        return CompressionPlan(_spec("visual", visual, dict(params)), _spec("wire", codec, {}), name, none)
+    if name in _NAMES:
+        preset = PRESETS[basis][name]
+        return CompressionPlan(_visual(preset), _spec("wire", preset.codec, {}), name, none)
     visuals, prefills = loader.names("visual"), loader.names("prefill")
     if name not in visuals and name not in prefills:
         message = (
-            f"unknown {FIELD} {name!r}; presets: {', '.join(_PRESETS)}; visual methods: {', '.join(visuals)}; "
+            f"unknown {FIELD} {name!r}; presets: {', '.join(_NAMES)}; visual methods: {', '.join(visuals)}; "
             f"prefill methods: {', '.join(prefills)}"
         )
         raise UnknownMethodError(message, field=FIELD)
-    wire_spec = _named(default, "").wire if default else _spec("wire", "none", {})
+    wire_spec = _named(default, "", basis).wire if default else _spec("wire", "none", {})
     if name in visuals:
         return CompressionPlan(_spec("visual", name, {}), wire_spec, _CUSTOM, none)
     return CompressionPlan(_spec("visual", "none", {}), wire_spec, _CUSTOM, _spec("prefill", name, {}))
+
+
+def _visual(preset: Preset) -> MethodSpec:
+    return _spec("visual", preset.visual, {} if preset.visual == "none" else {"keep": preset.keep})
 
 
 def _part(value: Any, stage: str, base: MethodSpec) -> MethodSpec:

@@ -227,11 +227,12 @@ class BlockManager:
     def publish_tail(self, sequence: Sequence) -> None:
         """List the partly filled last block of a sequence that computes no more, so that others can copy from it."""
         block = self.pool.block_tokens
-        index, rest = divmod(sequence.cached, block)
+        end = min(sequence.cached, sequence.shareable)
+        index, rest = divmod(end, block)
         computed = rest and index < len(sequence.table)
         if computed and sequence.publishable and sequence.published == index and self.prefix.enabled:
             parent = sequence.keys[index - 1] if index else sequence.namespace
-            slots = sequence.slots[index * block : sequence.cached]
+            slots = sequence.slots[index * block : end]
             key = block_key(parent, slots)
             self.prefix.insert(parent, key, sequence.table[index], slots, owner_of(sequence))
 

@@ -34,6 +34,9 @@ def check_compactable(sequence: Sequence, decoder: DecoderConfig) -> None:
     if sequence.staged:
         message = "the request's prompt is on its way through a prefill method, so it cannot be compacted"
         raise EngineError(message, request_id=request_id)
+    if sequence.focusing is not None:
+        message = "the request's visual method chooses what decoding reads, so its KV cannot be compacted"
+        raise EngineError(message, request_id=request_id)
     if sequence.streamed:
         message = "an export reads this request's KV layer by layer, so it cannot be compacted"
         raise EngineError(message, request_id=request_id)

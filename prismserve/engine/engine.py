@@ -21,6 +21,7 @@ from prismserve.engine.checks import accepts_layers, check_arrival, check_compac
 from prismserve.engine.constraints import ConstraintCompiler, checked_matcher
 from prismserve.engine.encoding import ImageStage
 from prismserve.engine.finish import check_request
+from prismserve.engine.focusing import plan_focusing
 from prismserve.engine.foundation import lay_foundation
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.imports import ExportView, ImportDesk, ImportTicket, LayerSink, PinnedBlocks
@@ -302,6 +303,16 @@ class Engine:
         """Recent time of encoding one visual token before compression, in seconds; 0 before the first image."""
         return self._images.token_s.value
 
+    def take_prefills(self) -> list[tuple[int, int, float]]:
+        """Prefills since this was last asked: tokens before, tokens, and seconds; may be called from any thread.
+
+        Only of steps that did nothing else, without encoding images, and the latest of them.
+        """
+        taken, prefills = [], self._stepper.prefills
+        while prefills:
+            taken.append(prefills.popleft())
+        return taken
+
     @property
     def group_bytes(self) -> int:
         """Bytes of one full block over all layers, as :meth:`copy_block` gives it."""
@@ -426,6 +437,7 @@ class Engine:
         self.image_cache.clear()
         self._stepper.counters = Counters()
         self._stepper.prefill_rate = MovingAverage()
+        self._stepper.prefills.clear()
         self._stepper.step_ms = MovingAverage()
         self.vision.encoded = 0
         self._images.derived = 0
@@ -471,7 +483,9 @@ class Engine:
         self._next_order += 1
         size = self.config.block_tokens
         sequence = Sequence.create(self._next_order, request, work, namespace, size, self._clock())
-        sequence.prune(plan_pruning(request, sequence.spans, self._model.decoder.config, self._processor, size), size)
+        decoder = self._model.decoder.config
+        sequence.prune(plan_pruning(request, sequence.spans, decoder, self._processor, size), size)
+        sequence.focus(plan_focusing(request, sequence.spans, decoder), size)
         return sequence
 
     def _check_new(self, sequence: Sequence) -> None:

@@ -183,6 +183,7 @@ class DecodeGraphs:
             and item.start >= sequence.prompt_tokens
             and isinstance(sequence.slots[item.start], int)
             and sequence.ragged is None
+            and sequence.focusing is None
             and (sequence.taps is None or sequence.taps.finished)
             and item.start // self._pool.block_tokens < self._blocks_max
         )

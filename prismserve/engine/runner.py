@@ -10,6 +10,7 @@ import torch
 from prismserve.core.errors import EngineError
 from prismserve.engine.attention import PagedAttention
 from prismserve.engine.cutting import CuttingAttention, enter_layer, join_positions
+from prismserve.engine.focused import FocusedAttention, focuses
 from prismserve.engine.masking import MaskedAttention
 from prismserve.engine.tapped import TappedAttention, tapped
 from prismserve.kernels.dispatch import use_triton_on
@@ -111,13 +112,13 @@ class ModelRunner:
             x = x if rows is None else x[rows]
         return decoder.logits(x)
 
-    def _attention(self, items: Sequence[RunItem], slots: torch.Tensor, stages: Sequence[Stage]) -> AttentionBackend:
+    def _paged(self, items: Sequence[RunItem], slots: torch.Tensor) -> PagedAttention:
         uniform = [item for item in items if item.sequence.ragged is None]
         if any(item.sequence.ragged is not None for item in items[: len(uniform)]):
             message = "ragged sequences must come last in a batch"
             raise EngineError(message)
         layers = self._model.decoder.config.layers
-        paged = PagedAttention(
+        return PagedAttention(
             self._pool,
             [item.sequence.table for item in uniform],
             [item.start for item in uniform],
@@ -128,15 +129,22 @@ class ModelRunner:
                 for item in items[len(uniform) :]
             ],
         )
+
+    def _attention(self, items: Sequence[RunItem], slots: torch.Tensor, stages: Sequence[Stage]) -> AttentionBackend:
+        paged = self._paged(items, slots)
         config = self._model.decoder.config
         masked = bool(config.windows) or config.bidirectional_images
         attention: AttentionBackend = MaskedAttention(paged, config, self._pool, items, slots) if masked else paged
+        focused = any(focuses(item) for item in items)
+        if focused:
+            attention = FocusedAttention(paged, self._pool, items, slots, self._paged)
         if stages:
             attention = CuttingAttention(attention, stages, self._model.decoder, self._pool)
         if not tapped(items):
             return attention
         # The kernels return log-sum-exps at no cost; the fused attention of a CPU does not, and must not be replaced.
-        with_lse = paged.attend_with_lse if not masked and not stages and use_triton_on(self._pool.device) else None
+        plain = not (masked or stages or focused)
+        with_lse = paged.attend_with_lse if plain and use_triton_on(self._pool.device) else None
         return TappedAttention(attention, self._pool, items, config, with_lse)
 
     def _inputs(self, items: Sequence[RunItem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

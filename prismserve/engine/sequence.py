@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from prismserve.core.types import Request
     from prismserve.engine.constraints import Matcher
+    from prismserve.engine.focusing import Focusing
     from prismserve.engine.image_cache import VisualTokens
     from prismserve.engine.pruning import Pruning
     from prismserve.engine.ragged import Compaction, LayerTable
@@ -83,6 +84,7 @@ class Sequence:
     ``replay`` are still to be done to it because it is being computed again. ``swapped`` is the KV of a preempted
     sequence in host memory. What is ``streamed`` is read by an export layer by layer and must not be compacted.
     ``pruning`` are the cuts of a prefill method; the ``keys`` of such a sequence end with the text before its first image.
+    ``focusing`` is a visual method's choice of what decoding reads; the ``keys`` of such a sequence end with its prompt.
     ``first_position`` is that of the first generated token. ``plain`` requests choose greedily without further options.
     """
 
@@ -105,6 +107,7 @@ class Sequence:
     swapped: SwappedKV | None = None
     taps: Taps | None = None
     pruning: Pruning | None = None
+    focusing: Focusing | None = None
     prefix_tokens: int = 0
     images: dict[bytes, VisualTokens] = field(default_factory=dict)
     spans: tuple[ImageSpan, ...] = ()
@@ -170,8 +173,11 @@ class Sequence:
         """Slots that can be computed in one go behind ``cached`` ones.
 
         A compaction to be repeated ends the run, and so does the end of each stage of a prompt under a prefill method.
+        Where a method chooses what decoding reads, every token behind the prompt is a run of its own.
         """
         end = self.length if not self.replay else self.replay[0].at
+        if self.focusing is not None:
+            end = min(end, max(self.prompt_tokens, cached + 1))
         return (end if self.pruning is None else min(end, self.pruning.stop(cached))) - cached
 
     @property
@@ -191,7 +197,14 @@ class Sequence:
             limit = min(limit, self.replay[0].at - 1)
         if self.pruning is not None:
             limit = min(limit, self.pruning.base)
+        if self.focusing is not None:
+            limit = min(limit, self.prompt_tokens)
         return limit if self.taps is None else min(limit, self.taps.first_slot(self.length))
+
+    @property
+    def shareable(self) -> int:
+        """Leading slots whose KV others may use, once it is computed."""
+        return self.length if self.focusing is None else self.prompt_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -217,7 +230,7 @@ class Sequence:
         """Add a generated token; extends the key chain when a block's elements become complete."""
         self.slots.append(token)
         self.generated.append(token)
-        if self.pruning is None and len(self.slots) % block_tokens == 0:
+        if self.pruning is None and self.focusing is None and len(self.slots) % block_tokens == 0:
             parent = self.keys[-1] if self.keys else self.namespace
             self.keys.append(block_key(parent, self.slots[-block_tokens:]))
 
@@ -226,6 +239,12 @@ class Sequence:
         self.pruning = pruning
         if pruning is not None:
             self.keys = self.keys[: pruning.base // block_tokens]
+
+    def focus(self, focusing: Focusing | None, block_tokens: int) -> None:
+        """Put decoding under a method that chooses what it reads, before anything was allocated."""
+        self.focusing = focusing
+        if focusing is not None:
+            self.keys = self.keys[: self.prompt_tokens // block_tokens]
 
     def advance(self, tokens: int, layer_counts: Items[int] | None = None) -> None:
         """``tokens`` more slots are computed; ``layer_counts`` of them hold KV in each layer, all if it is None."""
@@ -287,6 +306,8 @@ class Sequence:
         self.state = State.WAITING
         if self.pruning is not None:
             self.pruning.restart()
+        if self.focusing is not None:
+            self.focusing.restart()
 
     def images_within(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """(first, end) slots of the images that overlap [start, end)."""

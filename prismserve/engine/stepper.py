@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from typing import TYPE_CHECKING
 
 from prismserve.core.errors import OutOfBlocksError, PrismServeError, outcome_text
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from prismserve.engine.scheduler import StepPlan
     from prismserve.models.base import VisionLanguageModel
 
+_PREFILLS_MAX = 64
+
 
 class Stepper:
     """Sequences waiting, running and exporting, and the step that moves them on.
@@ -44,6 +47,7 @@ class Stepper:
         stalled: whether the last step moved nothing on, because blocks or slots are held elsewhere.
         step_ms: moving average of a step's length.
         prefill_rate: moving average of prefilled tokens per second, over steps that prefill.
+        prefills: latest steps that did nothing but prefill one sequence: tokens before, tokens, and seconds of computing.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Stepper:
         self.stalled = False
         self.step_ms = MovingAverage()
         self.prefill_rate = MovingAverage()
+        self.prefills: deque[tuple[int, int, float]] = deque(maxlen=_PREFILLS_MAX)
         self._model = model
         self._blocks = blocks
         self._images = images
@@ -135,8 +140,9 @@ class Stepper:
             self._admit(by_order[order], outputs)
         items = self._items(plan, by_order)
         if items:
+            computing = self._clock()
             self._compute(items, outputs)
-            self._measure(started, items)
+            self._measure(started, computing, items)
         self.stalled = self.stalled and not items and not outputs
         return outputs
 
@@ -378,8 +384,9 @@ class Stepper:
             visual_tokens_by_cut=() if sequence.pruning is None else tuple(sequence.pruning.kept),
         )
 
-    def _measure(self, started: float, items: list[RunItem]) -> None:
-        elapsed = max(self._clock() - started, 1e-9)
+    def _measure(self, started: float, computing: float, items: list[RunItem]) -> None:
+        now = self._clock()
+        elapsed = max(now - started, 1e-9)
         decoded = sum(item.tokens == 1 and item.samples for item in items)
         prefilled = sum(item.tokens for item in items) - decoded
         self.counters.decode_tokens += decoded
@@ -387,6 +394,8 @@ class Stepper:
         self.step_ms.add(elapsed * 1e3)
         if prefilled:
             self.prefill_rate.add(prefilled / elapsed)
+            if len(items) == 1 and items[0].stage is None:
+                self.prefills.append((items[0].start, prefilled, now - computing))
 
 
 def _prompt_slots(sequence: Sequence, layers: int) -> int:

@@ -6,6 +6,7 @@ key or value is quantised once, from the number the model computed, and never ag
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _CODE_DTYPES = {KVFormat.FP8: torch.float8_e4m3fn, KVFormat.INT8: torch.int8, KVFormat.INT4: torch.uint8}
 _SCALE_DTYPE = torch.float16
+_PAGE_BYTES = 4096
 
 
 class KVStorage:
@@ -41,9 +43,7 @@ class KVStorage:
         self._format = KVFormat(layout.kv_format) if layout.quantised else None
         rows = (groups, layout.layers, 2, layout.block_tokens, layout.kv_heads)
         if self._format is None:
-            self.parts: tuple[torch.Tensor, ...] = (
-                torch.zeros((*rows, layout.head_dim), dtype=self.dtype, device=device),
-            )
+            self.parts: tuple[torch.Tensor, ...] = (_zeros((*rows, layout.head_dim), self.dtype, device),)
         else:
             if layout.head_dim % 2:
                 message = (
@@ -183,3 +183,13 @@ class KVStorage:
             scale = rows[..., first : first + _SCALE_DTYPE.itemsize].contiguous()
             pieces.append(scale.view(_SCALE_DTYPE).squeeze(-1))
         return pieces
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Zeros; in host memory they begin with a page, so that files can be read straight into blocks of whole pages."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = torch.zeros(nbytes + _PAGE_BYTES, dtype=torch.uint8)
+    first = -memory.data_ptr() % _PAGE_BYTES
+    return memory[first : first + nbytes].view(dtype).view(shape)

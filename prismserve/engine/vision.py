@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from typing import TYPE_CHECKING
@@ -11,18 +12,19 @@ import torch
 from PIL import Image
 
 from prismserve.compression.apply import carry_out, plan_visual
-from prismserve.compression.base import Need, VisualFeatures
+from prismserve.compression.base import BESIDE_THE_MODEL, Need, VisualFeatures
 from prismserve.compression.loader import config_of, encoder_needs, visual_method
 from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import NO_LABEL, VisualTokens
 from prismserve.engine.questioning import QuestionAttention
 from prismserve.models.text_tower import TextTower
+from prismserve.models.token_selector import TokenSelector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prismserve.compression.base import VisualPlan
+    from prismserve.compression.base import Asked, VisualPlan
     from prismserve.core.types import MediaInput, MethodSpec
     from prismserve.engine.image_cache import ImageCache, ImageLabel
     from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
@@ -42,12 +44,16 @@ class VisionPipeline:
         """Encode with ``model``; results are shared through ``cache``.
 
         Raises:
-            ModelLoadError: the checkpoint's text tower cannot be loaded.
+            ModelLoadError: the checkpoint's text tower or token selector cannot be loaded.
         """
         self._model = model
         self._processor = processor
         self._cache = cache
         self._tower = None if processor.text_tower is None else TextTower(processor.text_tower, model.device)
+        self._selector = None
+        if processor.token_selector is not None:
+            vocabulary = len(processor.tokenizer)
+            self._selector = TokenSelector(processor.token_selector, vocabulary, model.device, model.decoder.dtype)
         self.encoded = 0
 
     def inputs(self, media: Sequence[MediaInput], index: int) -> ImageInputs:
@@ -155,7 +161,7 @@ class VisionPipeline:
             if reducible is None or needs - reducible:
                 message = f"visual method {spec.name!r} cannot act on the {kind} tokens of this model"
                 raise InvalidRequestError(message, field="compression.visual")
-        encoded = self._model.encode_images(inputs, needs - {str(Need.TEXT_TOWER)})
+        encoded = self._model.encode_images(inputs, needs - {str(need) for need in BESIDE_THE_MODEL})
         if len(encoded) != len(inputs):
             message = f"the vision encoder gave {len(encoded)} results for {len(inputs)} images"
             raise EngineError(message)
@@ -187,6 +193,9 @@ class VisionPipeline:
         if self._tower is not None and Need.TEXT_TOWER in needs:
             aligned = self._tower.patches(visible)
             aligned_text = self._tower.text(self._processor.decode(scoring_token_ids))
+        selected = None
+        if self._selector is not None and Need.SELECTOR in needs:
+            selected = self._selected(self._selector, image.tokens, layout, scoring_token_ids)
         return VisualFeatures(
             tokens=visible,
             grid=image.grid,
@@ -199,7 +208,18 @@ class VisionPipeline:
             asked=asked,
             aligned=aligned,
             aligned_text=aligned_text,
+            selected=selected,
         )
+
+    def _selected(
+        self, selector: TokenSelector, tokens: torch.Tensor, layout: ImageLayout, scoring_token_ids: tuple[int, ...]
+    ) -> Asked:
+        """What the selector sees of the slots [n, C] of one image or video when the text is put behind them."""
+        ids = torch.tensor(scoring_token_ids, dtype=torch.int64, device=self._model.device)
+        # It counts positions one by one, whatever the model's own have.
+        plain = dataclasses.replace(layout, positions=None)
+        seen = QuestionAttention(selector.decoder, plain, selector.project(tokens), None, selector.decoder.embed(ids))
+        return lambda _, reduction: seen(selector.depth, reduction)
 
     def _reduced(
         self, image: EncodedImage, layout: ImageLayout, features: VisualFeatures, spec: MethodSpec

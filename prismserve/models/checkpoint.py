@@ -87,7 +87,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse(path: Path, raw: dict[str, Any]) -> PretrainedConfig:
+def parse_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that a ``config.json`` describes; ModelLoadError if transformers does not know or accept it."""
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING:
         message = f"{path}: model_type {kind!r} is not known to the installed transformers"
@@ -127,7 +128,7 @@ def read_checkpoint(directory: Path | str) -> Checkpoint:
         )
         raise ModelLoadError(message, field="model")
     name, family = served[architecture]
-    config = _parse(path, raw)
+    config = parse_config(path, raw)
     generation_path = directory / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     return Checkpoint(directory, raw, generation, architecture, name, family, config, family.shape(config))

@@ -20,7 +20,8 @@ from prismserve.models.checkpoint import read_checkpoint, read_json
 from prismserve.models.detokenizer import IncrementalDetokenizer
 from prismserve.models.images import CheckpointTools
 from prismserve.models.placing import Framed, ImageSlot, MediaSlot, VideoSlot, place, slotted
-from prismserve.models.text_tower import NEED_TEXT_TOWER, text_tower_directory, text_tower_fingerprint
+from prismserve.models.text_tower import NEED_TEXT_TOWER, folder_fingerprint, text_tower_directory
+from prismserve.models.token_selector import NEED_SELECTOR, token_selector_directory
 from prismserve.models.tokenization import GuardedTokenizer
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Processor:
         fingerprint: 32 bytes over all that decides which pixels an image becomes, how many tokens, and what is compared
             with them.
         text_tower: folder of the text tower beside the model, if it has one that fits its encoder.
+        token_selector: likewise of FlexSelect's selector.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: TokenizersBackend) -> None:
@@ -85,6 +87,7 @@ class Processor:
         # Only an encoder that gives its class token's attention is one whose layers are known here, so CLIP's own.
         native = self._image is not None and NEED_CLS_ATTENTION in (self._image.reducible or ())
         self.text_tower = text_tower_directory(checkpoint.directory) if native else None
+        self.token_selector = token_selector_directory(checkpoint.directory) if native else None
         self.fingerprint = self._fingerprint()
 
     @classmethod
@@ -126,8 +129,8 @@ class Processor:
         directory = self._checkpoint.directory
         files = {name: read_json(directory / name) for name in _IMAGE_FILES if (directory / name).is_file()}
         size = [self._image.height_px, self._image.width_px, *self._image.grid]
-        tower = () if self.text_tower is None else (text_tower_fingerprint(self.text_tower),)
-        return digest("processor", canonical_json(files), canonical_json(size), *tower)
+        beside = [folder_fingerprint(folder) for folder in (self.text_tower, self.token_selector) if folder is not None]
+        return digest("processor", canonical_json(files), canonical_json(size), *beside)
 
     @functools.cached_property
     def _recipe(self) -> ImageRecipe:
@@ -207,6 +210,17 @@ class Processor:
         return digest("images-several", self.fingerprint) if several else self.fingerprint
 
     @property
+    def beside(self) -> frozenset[str]:
+        """What methods may ask of further weights, which lie in folders beside the model's and are loaded with it."""
+        folders = {NEED_TEXT_TOWER: self.text_tower, NEED_SELECTOR: self.token_selector}
+        return frozenset(need for need, folder in folders.items() if folder is not None)
+
+    @property
+    def family_name(self) -> str:
+        """The file of ``families`` that serves the checkpoint."""
+        return self._checkpoint.family_name
+
+    @property
     def reducible(self) -> frozenset[str] | None:
         """What a method that reduces tokens of images may ask of the encoder; None where no method may act."""
         return self.reducible_of(MediaKind.IMAGE)
@@ -216,7 +230,7 @@ class Processor:
         if kind is MediaKind.VIDEO:
             return self._video.reducible if self._video else None
         own = self._image.reducible if self._image else None
-        return own if own is None or self.text_tower is None else own | {NEED_TEXT_TOWER}
+        return None if own is None else own | self.beside
 
     def video_layout(self, width_px: int, height_px: int, times: FrameTimes) -> ImageLayout:
         """What a video takes up in the decoder, before compression.

@@ -33,8 +33,8 @@ def text_tower_directory(checkpoint: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def text_tower_fingerprint(directory: Path) -> bytes:
-    """32 bytes over the content of every file in the folder."""
+def folder_fingerprint(directory: Path) -> bytes:
+    """32 bytes over the name of a folder and the content of every file in it."""
     parts: list[bytes] = []
     for file in sorted(directory.iterdir()):
         if file.is_file():
@@ -43,7 +43,7 @@ def text_tower_fingerprint(directory: Path) -> bytes:
                 while chunk := stream.read(_HASH_CHUNK_BYTES):
                     state.update(chunk)
             parts += [file.name.encode(), state.digest()]
-    return digest("text-tower", *parts)
+    return digest("folder", directory.name.encode(), *parts)
 
 
 class TextTower:

@@ -112,7 +112,7 @@ class Placer:
             for name in names:
                 self._pool.session(name).attach(attempt.mailbox)
             for name, message in self._messages(decision, request):
-                self._pool.session(name).send(pb.RouterMessage(submit=message))
+                self._pool.session(name).submit(message)
         except BaseException:
             self.withdraw(attempt)
             raise
@@ -139,14 +139,14 @@ class Placer:
     def withdraw(self, attempt: Attempt, finished: str | None = None) -> None:
         """End an attempt: nothing is delivered any more, and every worker but ``finished`` is told to cancel.
 
-        A worker whose session is congested or gone is left to the request's own deadline and to its epoch.
+        A worker whose session is gone has cancelled everything of it by itself.
         """
-        box = attempt.mailbox
-        cancel = pb.RouterMessage(cancel=pb.Cancel(request_id=box.request_id, attempt=box.attempt))
         for session in self._pool.sessions:
             name = session.info.worker_id
-            if name in attempt.workers and session.detach(box) and name != finished:
-                session.send_if_room(cancel)
+            if name in attempt.workers and name != finished:
+                session.cancel(attempt.mailbox)
+            elif name == finished:
+                session.detach(attempt.mailbox)
 
     def _workers(self, avoid: frozenset[str]) -> list[WorkerInfo]:
         """Candidates. Where nobody else decodes, a worker that failed may, but not with a prefill worker that did."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from prismserve.compression import loader, presets
 from prismserve.compression.base import Share
+from prismserve.compression.presets_table import Basis, basis_of
 from prismserve.compression.wire import uniform
 from prismserve.core.errors import ContextLengthError, InvalidRequestError
 from prismserve.core.hashing import digest
@@ -173,7 +174,7 @@ class RequestBuilder:
         plan = request.compression
         if preset is not None:
             kinds = frozenset(item.kind for item in request.media)
-            plan = self._settle(presets.resolve(preset, "off"), kinds, default=False)
+            plan = self._settle(presets.resolve(preset, "off", self._basis(kinds)), kinds, default=False)
         length = min(max_tokens, request.sampling.max_tokens)
         sampling = dataclasses.replace(
             request.sampling,
@@ -206,14 +207,19 @@ class RequestBuilder:
 
     def _plan(self, call: Call) -> tuple[CompressionPlan, str]:
         """What the request asked for, and the preset in whose place it is served; "" where that was not changed."""
-        plan = presets.resolve(call.compression, self._default)
+        kinds = frozenset(source.kind for source in call.media)
+        basis = self._basis(kinds)
+        plan = presets.resolve(call.compression, self._default, basis)
         asked = presets.asked(call.compression, self._default)
         served = asked if asked is None else self._in_force(asked)
         if served is not None and served != asked:
-            plan = presets.resolve(served, self._default)
-        kinds = frozenset(source.kind for source in call.media)
+            plan = presets.resolve(served, self._default, basis)
         plan = self._settle(plan, kinds, default=call.compression is None)
         return plan, asked if asked is not None and served != asked else ""
+
+    def _basis(self, kinds: frozenset[MediaKind]) -> Basis:
+        """What presets find to act on in a request with such media."""
+        return basis_of(self._processor.family_name, {kind: self._processor.reducible_of(kind) for kind in kinds})
 
     def _settle(self, plan: CompressionPlan, kinds: frozenset[MediaKind], *, default: bool) -> CompressionPlan:
         """A plan as it can act on what a request holds; of the server's default, what can act on it."""

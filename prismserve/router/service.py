@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import prismserve
+from prismserve.compression.presets_table import described
 from prismserve.core.errors import DeadlineExceededError, PrismServeError, RequestCancelledError
 from prismserve.core.types import MediaKind
 from prismserve.kv_transfer.index.mirror import Mirror
@@ -106,6 +107,7 @@ class RouterService:
                 generate=lambda again, timeout_s: replays.run(again, arrived_at=time.monotonic(), timeout_s=timeout_s),
                 idle=self._idle,
                 crowded=self._crowded,
+                stands_for=described(processor.family_name),
             ),
             draw=random.SystemRandom().random,
         )

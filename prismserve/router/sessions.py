@@ -68,7 +68,7 @@ class WorkerSession:
         self._config = config
         self._on_change = on_change
         self._boxes: dict[_Key, Mailbox] = {}
-        self._outbox: asyncio.Queue[pb.RouterMessage] = asyncio.Queue(config.max_session_queue)
+        self._outbox: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
         self._heard_at = time.monotonic()
         self._task: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
@@ -131,20 +131,22 @@ class WorkerSession:
         """Stop delivering; False if the attempt was unknown, so there is nothing to cancel."""
         return self._boxes.pop((box.request_id, box.attempt), None) is not None
 
-    def send(self, message: pb.RouterMessage) -> None:
-        """Queue a message; OverloadedError when the queue is full."""
-        try:
-            self._outbox.put_nowait(message)
-        except asyncio.QueueFull:
+    def submit(self, message: pb.Submit) -> None:
+        """Queue a submission; OverloadedError when ``max_session_queue`` messages wait."""
+        if self._outbox.qsize() >= self._config.max_session_queue:
             text = "the session to a worker is congested; try again shortly"
-            raise OverloadedError(text, retry_after_s=self._config.retry_after_s) from None
+            raise OverloadedError(text, retry_after_s=self._config.retry_after_s)
+        self._outbox.put_nowait(pb.RouterMessage(submit=message))
 
-    def send_if_room(self, message: pb.RouterMessage) -> bool:
-        """Queue a message that may be lost; False when the queue is full or there is no stream."""
-        if not self.connected or self._outbox.full():
-            return False
-        self._outbox.put_nowait(message)
-        return True
+    def cancel(self, box: Mailbox) -> None:
+        """Stop delivering to ``box``, and tell the worker if it was; a lost stream cancels by itself.
+
+        Never refused, however long the queue: there is one cancellation for every attempt that was submitted, so it
+        is bounded all the same, and a worker that is not told computes for nobody.
+        """
+        if self.detach(box) and self.connected:
+            message = pb.Cancel(request_id=box.request_id, attempt=box.attempt)
+            self._outbox.put_nowait(pb.RouterMessage(cancel=message))
 
     async def _run(self) -> None:
         backoff_s = self._config.reconnect_backoff_s

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from prismserve.protocol import worker_pb2 as pb
 
 REGISTRY_CACHE_S = 1.0
+FORGET_S = 15.0
+"""A worker that the registry has lost is remembered for so long: a registry that was emptied fills again by itself."""
 
 T = TypeVar("T")
 
@@ -41,13 +43,18 @@ def translated(error: aio.AioRpcError, method: str, worker_id: str) -> PrismServ
 
 
 class Peer:
-    """One other worker: its registration and a channel to its data-plane server."""
+    """One other worker: its registration and a channel to its data-plane server.
+
+    A channel is closed only when no call uses it, since closing one cancels the calls on it.
+    """
 
     def __init__(self, info: WorkerInfo, secret: str) -> None:
         self.info = info
         self._channel = open_channel(info.control_address)
         self._stub: Any = WorkerStub(self._channel)  # type: ignore[no-untyped-call] # generated code is untyped
         self._metadata = secret_metadata(secret)
+        self._calls = 0
+        self._retired = False
 
     async def reserve(self, message: pb.ReserveRequest, timeout_s: float) -> pb.ReserveReply:
         """Ask for room."""
@@ -62,13 +69,37 @@ class Peer:
         return await self._call("Push", self._stub.Push, message, timeout_s)
 
     async def _call(self, name: str, method: Callable[..., Awaitable[T]], message: object, timeout_s: float) -> T:
+        if self._retired:
+            text = f"{name} on worker {self.info.worker_id}: the worker has left the cluster"
+            raise WorkerUnavailableError(text)
+        self._calls += 1
         try:
             return await method(message, timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
             raise translated(error, name, self.info.worker_id) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # The call was cancelled, not the caller: left as it is, this would end the caller's task without a word.
+            text = f"{name} on worker {self.info.worker_id}: the channel was closed"
+            raise TransportError(text) from None
+        finally:
+            self._calls -= 1
+            await self._close_when_left()
+
+    async def retire(self) -> None:
+        """Take no more calls, and close the channel as soon as those under way have ended."""
+        self._retired = True
+        await self._close_when_left()
+
+    async def _close_when_left(self) -> None:
+        if self._retired and not self._calls:
+            await self.close()
 
     async def close(self) -> None:
-        """Close the channel."""
+        """Close the channel; calls under way fail with TransportError."""
+        self._retired = True
         await self._channel.close(grace=None)
 
 
@@ -86,6 +117,7 @@ class PeerDirectory:
         self._secret = secret
         self._clock = clock
         self._infos: dict[str, WorkerInfo] = {}
+        self._seen_at: dict[str, float] = {}
         self._read_at = float("-inf")
         self._peers: dict[tuple[str, int], Peer] = {}
         self._refreshing: asyncio.Task[None] | None = None
@@ -118,11 +150,15 @@ class PeerDirectory:
             if not self._infos:
                 raise
             return
-        self._read_at = self._clock()
-        self._infos = {info.worker_id: info for info in infos}
-        live = {(info.worker_id, info.epoch) for info in infos}
+        self._read_at = now_s = self._clock()
+        for info in infos:
+            self._infos[info.worker_id] = info
+            self._seen_at[info.worker_id] = now_s
+        for worker_id in [name for name, seen_at in self._seen_at.items() if now_s - seen_at > FORGET_S]:
+            del self._infos[worker_id], self._seen_at[worker_id]
+        live = {(info.worker_id, info.epoch) for info in self._infos.values()}
         for key in [key for key in self._peers if key not in live]:
-            await self._peers.pop(key).close()
+            await self._peers.pop(key).retire()
 
     async def close(self) -> None:
         """Close every channel."""

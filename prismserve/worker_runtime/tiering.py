@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import time
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,8 +18,10 @@ from prismserve.core.types import MediaSegment, Tier
 from prismserve.engine.encoding import image_label
 from prismserve.engine.pool import KVPool
 from prismserve.kv_transfer.costs import FIRST_GUESS_TIER_BYTES_PER_S
+from prismserve.kv_transfer.latency import CurveFit
+from prismserve.kv_transfer.tiers.calibration import Calibration
 from prismserve.kv_transfer.tiers.eviction import Label
-from prismserve.kv_transfer.tiers.restore import FIXED_S, Restore, decide
+from prismserve.kv_transfer.tiers.restore import FIXED_S, SAFE_SHARE, Restore, decide
 from prismserve.kv_transfer.tiers.store import TierStore
 from prismserve.worker_runtime.image_shelf import ImageShelf, owner_bytes
 
@@ -90,6 +93,9 @@ class Tiering:
         self.restored_tokens = 0
         self.misses = 0
         self._writing: set[asyncio.Future[int]] = set()
+        self._prefill = CurveFit()
+        self._prefill_errors = Calibration()
+        self._restore_errors = Calibration()
 
     def held(self) -> dict[Tier, list[bytes]]:
         """Every key held, by tier."""
@@ -123,15 +129,21 @@ class Tiering:
             return 0
         size, keys = runtime.engine.layout.block_tokens, self._keys(request, worker)
         # Asked without waiting for the engine: a request that finds nothing here must not wait for a step to end.
-        plan = self._plan(keys, runtime.engine.held_blocks(keys))
+        plan = self._plan(request, keys, runtime.engine.held_blocks(keys))
         if not plan.worth_it:
+            if plan.reason == "too_close":
+                self._restore_errors.forget()
             return 0
+        started_s = time.perf_counter()
         try:
             taken = await self._bring_back(request, worker, keys, plan.first, plan.blocks)
         except (PrismServeError, TimeoutError) as error:
             self.misses += 1
+            self._restore_errors.add(plan.restore_s, time.perf_counter() - started_s)
             logger.info("request %s: nothing was restored: %s", request.request_id, str(error) or "it took too long")
             return 0
+        if taken == plan.blocks:
+            self._restore_errors.add(plan.restore_s, time.perf_counter() - started_s)
         self.restored_tokens += taken * size
         self.misses += taken == 0
         return taken * size
@@ -197,18 +209,38 @@ class Tiering:
         keys = self._keys(request, worker)
         return self._runtime.engine.held_blocks(keys) * self._runtime.engine.layout.block_tokens
 
-    def _plan(self, keys: Sequence[bytes], first: int) -> Restore:
-        engine = self._runtime.engine
+    def _plan(self, request: Request, keys: Sequence[bytes], first: int) -> Restore:
+        self._learn()
+        size = self._runtime.engine.layout.block_tokens
         run = self.store.held_run(keys[first:])
         return decide(
             first=first,
             tiers=[tier.name for tier in run],
             block_bytes=self.store.block_bytes,
-            block_tokens=engine.layout.block_tokens,
             bytes_per_s=self.rates(),
-            prefill_tokens_per_s=engine.stats().prefill_tokens_per_s,
+            saved_s=self._saved_s(request, first * size, len(run) * size),
             blocks_min=self._config.restore_blocks_min,
+            restore_error=self._restore_errors.quantile(SAFE_SHARE),
+            compute_error=self._prefill_errors.quantile(1.0 - SAFE_SHARE),
         )
+
+    def _saved_s(self, request: Request, cached: int, restored: int) -> float:
+        """Time of prefill that ``restored`` tokens behind ``cached`` ones spare; infinite before anything was prefilled.
+
+        What a step costs whatever it computes is not spared, since the last token always is.
+        """
+        if not self._prefill.samples:
+            return float("inf")
+        curve, tokens = self._prefill.curve(), request.prompt.tokens + len(request.resume_token_ids)
+        rest = tokens - cached - restored
+        return curve.seconds(cached, tokens - cached) - curve.seconds(cached + restored, rest)
+
+    def _learn(self) -> None:
+        """Take in the prefills since the last time, and how far the curve was off for each of them."""
+        for cached, tokens, seconds in self._runtime.engine.take_prefills():
+            if self._prefill.samples:
+                self._prefill_errors.add(self._prefill.curve().seconds(cached, tokens), seconds)
+            self._prefill.observe(cached, tokens, seconds)
 
     async def bring_back(self, request: Request, worker: Literal["local", "prefill"]) -> int:
         """Restore what the tiers have of a prompt, whatever that takes; tokens brought back.

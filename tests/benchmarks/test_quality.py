@@ -32,6 +32,26 @@ def test_it_measures_asks_and_writes(tmp_path, capsys):
     assert "written to" in capsys.readouterr().out
 
 
+def test_rows_measured_anew_take_the_places_of_old_ones(tmp_path, capsys):
+    arguments = ["--per-family", "1", "--keeps", "24", "--out", str(tmp_path), "--methods"]
+    assert quality.main([*arguments, "pool,random"]) == 0
+    before = json.loads((tmp_path / "quality.json").read_text())
+    assert quality.main([*arguments, "salience,random", "--update"]) == 0
+    after = json.loads((tmp_path / "quality.json").read_text())
+    assert [row["method"] for row in after["rows"]] == ["off", "pool", "random", "salience"]
+    assert after["rows"][:2] == before["rows"][:2]
+    assert {key: after["rows"][2][key] for key in ("total", "kv_bytes")} == {
+        key: before["rows"][2][key] for key in ("total", "kv_bytes")
+    }
+    assert (
+        after["conditions"]
+        == before["conditions"] + " Those of salience, random were measured later, in a run of their own."
+    )
+    with pytest.raises(SystemExit):
+        quality.main([*arguments, "random", "--update", "--seed", "5"])
+    assert "rows of other questions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments", [["--methods", "nope"], ["--keeps", "0"], ["--keeps", "x"], ["--per-family", "0"]]
 )

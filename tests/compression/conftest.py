@@ -50,6 +50,7 @@ def make_features() -> MakeFeatures:
             asked=Attention(count, question),
             aligned=torch.randn(count, 6, generator=generator).to(dtype),
             aligned_text=torch.randn(1 + question, 6, generator=asked).to(dtype),
+            selected=Attention(count, 3 + question),
         )
 
     return make

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from PIL import Image
 
@@ -17,7 +20,7 @@ from prismserve.compression.explanation import (
     patch_map,
     visual_stage,
 )
-from prismserve.compression.overlay import ROWS_MAX, STAGES_MAX, draw
+from prismserve.compression.overlay import GAP_PX, PANEL_PX, ROWS_MAX, STAGES_MAX, TEXT_PX, draw
 
 
 def explained(*stages, grid=None):
@@ -56,13 +59,42 @@ def test_the_map_of_one_stage_tells_merged_from_dropped_and_of_several_when_a_to
 def test_every_fate_has_its_look_and_kept_patches_show_the_picture():
     stage = Stage("visual", "m", None, (0, 0, DROPPED, GONE, 4, 4))
     sheet = draw(explained(stage), [[Image.new("RGB", (60, 40), (200, 100, 50))]])
-    left, top, side = 12 + 392 + 12, 12 + 18, 392 // 3
+    left, top, side = 2 * GAP_PX + PANEL_PX, GAP_PX + TEXT_PX, PANEL_PX // 3
     middles = [sheet.getpixel((left + side * (p % 3) + 30, top + side * (p // 3) + 30)) for p in range(6)]
     assert middles[0] == middles[4] == (200, 100, 50)
-    assert middles[1][2] > 100
-    assert middles[2][0] < 100
-    assert sum(middles[3]) < 40
-    assert len({middles[0], middles[1], middles[2], middles[3]}) == 4
+    blue, red, grey = middles[1], middles[2], middles[3]
+    assert blue[2] > blue[0]
+    assert red[0] > 2 * red[2]
+    assert max(grey) - min(grey) <= 1
+
+
+@pytest.mark.parametrize("shade", [0, 128, 255])
+def test_what_goes_on_stands_out_on_dark_and_light_pictures(shade):
+    stage = Stage("prefill", "m", 3, (0, DROPPED, GONE, 3, DROPPED, GONE))
+    sheet = draw(explained(stage), [[Image.new("RGB", (60, 40), (shade, shade, shade))]])
+    left, top, side = 2 * GAP_PX + PANEL_PX, GAP_PX + TEXT_PX, PANEL_PX // 3
+    looks = [sheet.getpixel((left + side * place + 90, top + 30)) for place in range(3)]
+    looks.append(sheet.getpixel((left, top + 30)))
+    # The frame and every two fates differ by more than a fifth of the range in some channel.
+    for one, other in itertools.combinations(looks, 2):
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 25, looks
+
+
+def test_the_legend_names_what_is_in_the_picture_and_nothing_else():
+    picture = [[Image.new("RGB", (60, 40), (255, 255, 255))]]
+    dropped = draw(explained(Stage("prefill", "m", 3, (0, DROPPED, 2, 3, 4, 5))), picture)
+    merged = draw(explained(Stage("visual", "m", None, (0, 0, 2, 3, 4, 5))), picture)
+
+    def legend(sheet):
+        return {
+            colour for _, colour in sheet.crop((0, sheet.height - 26, sheet.width, sheet.height)).getcolors(1 << 16)
+        }
+
+    red, blue = (190, 30, 30), (40, 110, 235)
+    assert red in legend(dropped)
+    assert blue not in legend(dropped)
+    assert blue in legend(merged)
+    assert red not in legend(merged)
 
 
 def test_the_picture_has_the_part_that_the_model_sees_and_black_where_it_pads():
@@ -70,8 +102,8 @@ def test_the_picture_has_the_part_that_the_model_sees_and_black_where_it_pads():
     grid = Grid(1, 2, 2)
     seen = Explanation((Medium(grid, (10.0, -10.0, 50.0, 30.0)),), (Stage("visual", "m", None, (0, 1, 2, 3)),))
     sheet = draw(seen, [[picture]])
-    assert sheet.getpixel((100, 18 + 12 + 20)) == (0, 0, 0)
-    assert sheet.getpixel((100, 18 + 12 + 300)) == (255, 255, 255)
+    assert sheet.getpixel((100, TEXT_PX + GAP_PX + 20)) == (0, 0, 0)
+    assert sheet.getpixel((100, TEXT_PX + GAP_PX + 300)) == (255, 255, 255)
 
 
 def test_pictures_are_bounded_however_many_frames_and_stages_there_are():
@@ -79,5 +111,5 @@ def test_pictures_are_bounded_however_many_frames_and_stages_there_are():
     stages = [Stage("prefill", "m", number, tuple(range(40))) for number in range(30)]
     clip = [Image.new("RGB", (8, 4), (number * 12, 0, 0)) for number in range(20)]
     sheet = draw(explained(*stages, grid=grid), [clip])
-    assert sheet.width <= (392 + 12) * (1 + STAGES_MAX) + 12
-    assert sheet.height <= ROWS_MAX * (2 * 392 + 30) + 60
+    assert sheet.width <= (PANEL_PX + GAP_PX) * (1 + STAGES_MAX) + GAP_PX
+    assert sheet.height <= ROWS_MAX * (2 * PANEL_PX + TEXT_PX + GAP_PX) + 60

@@ -9,11 +9,11 @@ import torch
 
 from prismserve.compression import loader
 from prismserve.compression.apply import apply_visual, plan_visual
-from prismserve.compression.base import Need, Share, Stage
+from prismserve.compression.base import BESIDE_THE_MODEL, Need, Share, Stage
 from prismserve.core.errors import EngineError, InvalidRequestError
 
 EVERY = loader.names("visual")
-METHODS = tuple(name for name in EVERY if loader.visual_method(name).training_free)
+METHODS = tuple(name for name in EVERY if loader.visual_method(name).training_free or loader.visual_method(name).needs)
 REDUCING = tuple(name for name in METHODS if name != "none")
 
 
@@ -23,10 +23,11 @@ def spec_of(name, **params):
 
 def test_the_folder_holds_the_methods_the_presets_and_benchmarks_name():
     controls = {"none", "random", "uniform", "pool", "cls_topk"}
-    image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome", "trim"}
+    image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome", "trim", "prism", "salience"}
     video = {"chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "vqtoken", "flexselect"}
     assert controls | image | video <= set(METHODS)
     assert set(EVERY) - set(METHODS) == {"langdc"}
+    assert {name for name in METHODS if not loader.visual_method(name).training_free} == {"flexselect_lite"}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -40,7 +41,7 @@ def test_declarations_are_complete_and_the_name_is_the_file(name):
     assert method.section
     assert bool(method.source) == (method.section != "control")
     assert isinstance(method.training_free, bool)
-    asks = bool({Need.TEXT_EMBEDDINGS, Need.TEXT_TOWER, Need.QUESTION_ATTENTION} & method.needs)
+    asks = bool({Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION, *BESIDE_THE_MODEL} & method.needs)
     assert method.share is (Share.QUERY if asks else Share.AGNOSTIC)
     assert method.Config.model_config["frozen"]
 
@@ -127,7 +128,7 @@ def test_features_without_direction_are_survived(name, make_features):
 @pytest.mark.parametrize("name", [n for n in METHODS if loader.visual_method(n).needs])
 def test_a_missing_need_is_named(name, make_features):
     method, features = loader.visual_method(name), make_features(50)
-    fields = ("cls_attention", "keys", "projected", "text", "asked", "aligned", "aligned_text")
+    fields = ("cls_attention", "keys", "projected", "text", "asked", "aligned", "aligned_text", "selected")
     bare = dataclasses.replace(features, **dict.fromkeys(fields))
     with pytest.raises(EngineError, match=name) as caught:
         apply_visual(bare, spec_of(name))
@@ -153,6 +154,7 @@ def test_a_method_uses_only_what_it_needs(name, make_features):
         "asked": Need.QUESTION_ATTENTION,
         "aligned": Need.TEXT_TOWER,
         "aligned_text": Need.TEXT_TOWER,
+        "selected": Need.SELECTOR,
     }
     unasked = {field: None for field, need in given.items() if need not in method.needs}
     bare = dataclasses.replace(features, **unasked)
@@ -174,7 +176,7 @@ def test_a_budget_that_makes_no_sense_is_refused_by_field(name, keep):
     assert caught.value.field == "compression.visual.keep"
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if not loader.visual_method(n).training_free])
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in METHODS])
 @pytest.mark.parametrize("params", [{}, {"keep": 5}])
 def test_what_exists_only_as_trained_is_refused_with_the_reason(name, params):
     with pytest.raises(InvalidRequestError) as caught:

@@ -42,7 +42,7 @@ def png(seed):
 
 async def test_a_reduction_that_would_break_the_image_is_refused(build):
     with pytest.raises(InvalidRequestError, match="structure that a reduction would break") as error:
-        await build("llava_next", compression="turbo")
+        await build("llava_next", compression="dpp")
     assert error.value.field == "compression.visual"
 
 
@@ -51,12 +51,24 @@ async def test_a_method_that_needs_what_the_encoder_does_not_show_is_refused(bui
         await build("qwen2_vl", compression="visionzip")
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
-async def test_a_default_that_cannot_act_is_left_out_but_its_codec_stays(build, family):
-    request = (await build(family)).request
+@pytest.mark.parametrize(
+    ("family", "visual"), [("llava", "visionzip"), ("qwen2_vl", "dpp"), ("gemma3", "dpp"), ("llava_next", "none")]
+)
+@pytest.mark.parametrize("asked", [{"compression": "balanced"}, {"default": "balanced"}])
+async def test_a_preset_acts_as_strongly_as_the_family_allows(build, family, visual, asked):
+    request = (await build(family, **{"default": "off", **asked})).request
+    (segment,) = request.prompt.media_segments()
+    assert (segment.tokens < segment.raw_tokens) == (visual != "none")
+    plan = request.compression
+    assert (plan.preset, plan.visual.name, plan.wire.name) == ("balanced", visual, "int8")
+
+
+@pytest.mark.parametrize(("family", "method"), [("llava_next", "dpp"), ("qwen2_vl", "visionzip")])
+async def test_a_default_method_that_cannot_act_is_left_out(build, family, method):
+    request = (await build(family, default=method)).request
     (segment,) = request.prompt.media_segments()
     assert segment.tokens == segment.raw_tokens
-    assert (request.compression.visual.name, request.compression.wire.name) == ("none", "int8")
+    assert (request.compression.visual.name, request.compression.preset) == ("none", "custom")
 
 
 async def test_a_method_that_can_act_does(build):
@@ -67,7 +79,7 @@ async def test_a_method_that_can_act_does(build):
 
 
 async def test_without_images_any_plan_is_taken(build):
-    assert (await build("llava_next", images=0, compression="turbo")).request.compression.visual.name == "visionzip"
+    assert (await build("llava_next", images=0, compression="visionzip")).request.compression.visual.name == "visionzip"
 
 
 async def test_an_image_among_others_is_laid_out_and_keyed_as_one_of_several(build):

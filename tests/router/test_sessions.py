@@ -28,7 +28,9 @@ async def pool_and_worker():
     index = MemoryIndex(store)
     worker = await ScriptedWorker("d1", Role.DECODE, Script((5, 6)), Fabric(), index).start()
     registry = {info.worker_id: info for info in await index.workers()}
-    config = RouterConfig(reconcile_interval_s=0.02, worker_silence_s=0.6, unregistered_silence_s=0.2)
+    config = RouterConfig(
+        reconcile_interval_s=0.02, worker_silence_s=0.6, unregistered_silence_s=0.2, max_session_queue=16
+    )
     pool = WorkerPool("router-test", lambda: list(registry.values()), lambda _: True, config)
     pool.start()
     yield pool, worker, registry
@@ -88,15 +90,23 @@ async def test_a_slow_reader_costs_one_event_and_tokens_are_bounded():
         await box.get(0.01)
 
 
-async def test_a_congested_session_refuses(pool_and_worker):
-    pool, _, _ = pool_and_worker
+async def test_a_congested_session_refuses_requests_and_never_a_cancellation(pool_and_worker):
+    pool, worker, _ = pool_and_worker
     await until(lambda: pool.sessions and pool.sessions[0].connected)
     session = pool.session("d1")
-    message = pb.RouterMessage(cancel=pb.Cancel(request_id="x"))
-    while session.send_if_room(message):
-        pass
+    boxes = [Mailbox(f"r{number}", 0, 5) for number in range(3)]
+    for box in boxes:
+        session.attach(box)
+    for _ in range(16):
+        session.submit(pb.Submit())
     with pytest.raises(OverloadedError):
-        session.send(message)
+        session.submit(pb.Submit())
+    for box in boxes:
+        session.cancel(box)
+        session.cancel(box)
+    assert not session.in_flight
+    await until(lambda: len(worker.cancels) == 3)
+    assert [ref[0] for ref in worker.cancels] == ["r0", "r1", "r2"]
 
 
 async def test_a_busy_port_is_one_clear_sentence_and_nothing_stays_bound(start_cluster):

@@ -42,28 +42,31 @@ def listed(model: str | None = None) -> list[dict[str, Any]]:
     """
     from prismserve.compression import loader  # torch comes with it
 
-    tower = None if model is None else _has_text_tower(model)
-    return [_entry(loader.method_of(stage, name), tower) for stage in STAGES for name in loader.names(stage)]
+    held = None if model is None else _beside(model)
+    return [_entry(loader.method_of(stage, name), held) for stage in STAGES for name in loader.names(stage)]
 
 
-def _has_text_tower(model: str) -> bool:
-    """Whether a text tower lies beside a model, and so is loaded with it."""
+def _beside(model: str) -> frozenset[str]:
+    """Which further weights lie beside a model, and so are loaded with it."""
     from prismserve.models.processing import Processor
     from prismserve.models.source import resolve_model
 
-    return Processor.from_directory(resolve_model(model)).text_tower is not None
+    return Processor.from_directory(resolve_model(model)).beside
 
 
-def _weights(method: Any, tower: bool | None) -> str:  # noqa: FBT001 - three answers
-    """Whether a method has the weights it needs: its own, or a text tower beside the model's."""
-    if not method.training_free:
-        return "not loaded"
-    if "text_tower" not in {str(need) for need in getattr(method, "needs", ())}:
-        return "none needed"
-    return "beside the model" if tower is None else "loaded" if tower else "not loaded"
+def _weights(method: Any, held: frozenset[str] | None) -> str:
+    """Whether a method has the weights it needs, which lie in a folder beside the model's."""
+    from prismserve.compression.base import BESIDE_THE_MODEL
+
+    wanted = {str(need) for need in getattr(method, "needs", frozenset()) & BESIDE_THE_MODEL}
+    if not wanted:
+        return "none needed" if method.training_free else "not loaded"
+    if held is None:
+        return "beside the model"
+    return "loaded" if wanted <= held else "not loaded"
 
 
-def _entry(method: Any, tower: bool | None) -> dict[str, Any]:  # noqa: FBT001 - three answers
+def _entry(method: Any, held: frozenset[str] | None) -> dict[str, Any]:
     share = getattr(method, "share", None)
     parameters = {name: field.default for name, field in method.Config.model_fields.items()}
     return {
@@ -72,7 +75,7 @@ def _entry(method: Any, tower: bool | None) -> dict[str, Any]:  # noqa: FBT001 -
         "section": method.section,
         "share": None if share is None else str(share),
         "training_free": method.training_free,
-        "weights": _weights(method, tower),
+        "weights": _weights(method, held),
         "needs": sorted(_needs(method)),
         "version": method.version,
         "source": method.source,

@@ -17,6 +17,7 @@ _FIELDS: Final = {
     Need.TEXT_EMBEDDINGS: "text",
     Need.TEXT_TOWER: "aligned_text",
     Need.QUESTION_ATTENTION: "asked",
+    Need.SELECTOR: "selected",
 }
 
 

@@ -23,8 +23,8 @@ class FlexSelectConfig(KeepConfig):
     Attributes:
         depth: of the reference layer, as a share of the decoder's layers: 19 of 28 in LLaVA-Video-7B.
         reduction: how the rows of the question and the heads are taken together; the published code has both.
-        selector: who ranks. ``self`` is the model itself, up to the reference layer; ``lite``, a small trained selector,
-            is refused, because no served model family has its weights.
+        selector: who ranks. ``self`` is the model itself, up to the reference layer; the small trained selector (``lite``) is
+            a method of its own, ``flexselect_lite``, because it needs weights.
     """
 
     depth: float = Field(default=19 / 28, ge=0.0, lt=1.0, strict=True, allow_inf_nan=False)
@@ -36,7 +36,9 @@ class FlexSelectConfig(KeepConfig):
     def _untrained(cls, value: str) -> str:
         if value != "self":
             kind = "needs_weights"
-            reason = "the Lite selector needs FlexSelect's own trained weights, which no served model family has"
+            reason = (
+                "the Lite selector needs its own trained weights; where a model has them, the method is flexselect_lite"
+            )
             raise PydanticCustomError(kind, reason)
         return value
 

@@ -20,7 +20,7 @@ from prismserve.compression.visual._shared import (
     grid_places,
     projected,
 )
-from prismserve.kernels.subsets import Fading, largest_determinant
+from prismserve.kernels.subsets import Fading, fold_alike, largest_determinant
 
 
 class PrismConfig(KeepConfig):
@@ -36,11 +36,14 @@ class PrismConfig(KeepConfig):
             in different places both count; 0 compares features alone. In the same measurement 0.5 gave 0.1 to 0.9
             points more than 0.
         radius: standard deviation of that fading, in patches.
+        fold: what a survivor takes in of the tokens left out that are more like it than like any other survivor (cosine of
+            projected tokens): it becomes ``(1 - fold)`` of itself and ``fold`` of their mean; 0 leaves survivors as they are.
     """
 
     theta: Annotated[float, Field(ge=0.0, le=8.0, strict=True, allow_inf_nan=False)] | Literal["auto"] = 0.5
     locality: float = Field(default=0.5, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
     radius: float = Field(default=3.0, gt=0.0, le=1024.0, strict=True, allow_inf_nan=False)
+    fold: float = Field(default=0.0, ge=0.0, le=1.0, strict=True, allow_inf_nan=False)
 
 
 class Prism(Reducing):
@@ -68,7 +71,9 @@ class Prism(Reducing):
         quality = (attention / attention.max().clamp(min=1e-12)) ** theta
         places = grid_places(*features.grid, features.frames).to(attention.device)
         fading = Fading(places, config.locality, config.radius) if config.locality > 0.0 else None
-        return VisualPlan(ascending(largest_determinant(projected(features), kept, quality, fading)))
+        rows = projected(features)
+        indices = ascending(largest_determinant(rows, kept, quality, fading))
+        return VisualPlan(indices, fold_alike(rows, indices, config.fold) if config.fold > 0.0 else None)
 
 
 def dial(attention: torch.Tensor, kept: int) -> float:

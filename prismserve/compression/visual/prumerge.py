@@ -10,11 +10,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
 from prismserve.compression.visual._shared import Reducing, ascending, class_attention, key_metric, ranked
-from prismserve.kernels.topk_gather import top_k
+from prismserve.kernels.subsets import most_alike
 
 
 class PruMergeConfig(KeepConfig):
@@ -69,10 +68,7 @@ class PruMerge(Reducing):
         indices = ascending(torch.cat((order[: kept - spread], even)))
         if config.merge == "none":
             return VisualPlan(indices)
-        unit = functional.normalize(key_metric(features), dim=-1)
-        similarity = unit[indices] @ unit.T
-        similarity.scatter_(1, indices[:, None], -torch.inf)
-        nearest = top_k(similarity, min(config.neighbours, count - 1))
+        nearest = most_alike(key_metric(features), indices, min(config.neighbours, count - 1))
         weights = torch.zeros(kept, count, device=rest.device).scatter_(1, nearest, attention[nearest])
         weights.scatter_(1, indices[:, None], 1.0)
         if config.merge == "mean":

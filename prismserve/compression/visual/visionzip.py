@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
 from prismserve.compression.base import KeepConfig, Need, Share, Stage, VisualFeatures, VisualPlan
 from prismserve.core.errors import EngineError
+from prismserve.kernels.subsets import closest
 
 
 class VisionZipConfig(KeepConfig):
@@ -89,43 +89,22 @@ class VisionZip:
         order = torch.sort(score, descending=True, stable=True).indices
         dominant = order[: kept - contextual]
         rest = order[kept - contextual :].sort().values
-        targets, others = _split(rest, contextual)
-        indices = torch.cat([dominant, targets])
+        even = (
+            slice(0, rest.shape[0] // contextual * contextual, rest.shape[0] // contextual) if contextual else slice(0)
+        )
+        targets = rest[even]
+        indices = torch.cat([dominant, targets]).sort().values
         if contextual == 0 or config.merge == "none":
-            return VisualPlan(indices.sort().values)
-        weights = torch.zeros(count, count, device=device)
-        weights[indices, indices] = 1.0
-        weights += _merge(features.keys, targets, others, halve=config.merge == "mean")
-        indices = indices.sort().values
-        return VisualPlan(indices, weights[indices])
-
-
-def _split(rest: torch.Tensor, targets: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every ``len(rest) // targets``-th index as a target, and the others: ([targets], [len(rest) - targets])."""
-    if targets == 0:
-        return rest[:0], rest
-    stride = rest.shape[0] // targets
-    is_target = torch.zeros(rest.shape[0], dtype=torch.bool, device=rest.device)
-    is_target[: stride * targets : stride] = True
-    return rest[is_target], rest[~is_target]
-
-
-def _merge(keys: torch.Tensor, targets: torch.Tensor, others: torch.Tensor, *, halve: bool) -> torch.Tensor:
-    """What to add to the identity: [N, N] float32, each target's row the mean of the tokens assigned to it.
-
-    Halving scales the target and that mean by one half each; a target with nothing assigned stays as it is.
-    """
-    count = keys.shape[0]
-    metric = functional.normalize(keys.float().mean(1), dim=-1)
-    nearest = targets[(metric[others] @ metric[targets].T).argmax(1)]
-    assigned = torch.zeros(count, count, device=keys.device)
-    assigned[nearest, others] = 1.0
-    members = assigned.sum(1)
-    added = assigned / members.clamp(min=1.0)[:, None]
-    if halve:
-        added = added * 0.5
-        added -= torch.diag(0.5 * (members > 0).float())
-    return added
+            return VisualPlan(indices)
+        owner = closest(features.keys.float().mean(1), rest, targets)
+        owner[even] = torch.arange(contextual, device=device)
+        members = torch.bincount(owner, minlength=contextual) - 1
+        share = (0.5 if config.merge == "mean" else 1.0) / members.clamp(min=1)
+        rows = torch.searchsorted(indices, targets.contiguous())
+        weights = torch.zeros(kept, count, device=device).scatter_(1, indices[:, None], 1.0)
+        weights[rows[owner], rest] = share[owner]
+        weights[rows, targets] = torch.where(members > 0, 0.5, 1.0) if config.merge == "mean" else 1.0
+        return VisualPlan(indices, weights)
 
 
 METHOD = VisionZip()

@@ -44,7 +44,12 @@ _FUNCTIONS: Final = {
     "farthest_first": "pnnnnp",
     "merge_alike": "pnnnnnpp",
     "drop_alike": "pnnnpnnn",
+    "closest": "pnnnpnpnp",
+    "most_alike": "pnnnpnnp",
+    "fold_alike": "pnnnpnfp",
+    "merge_rows": "pnnnpnnp",
     "top_k": "pnnnnp",
+    "copy_hashed": "ppnp",
 }
 
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1}

@@ -6,7 +6,14 @@ import torch
 
 from prismserve.kernels.dispatch import use_native, use_triton
 from prismserve.kernels.paged_cache import native, reference
-from prismserve.kernels.paged_cache.layout import KVFormat, LayerKV, QuantisedLayer, new_quantised_layer
+from prismserve.kernels.paged_cache.layout import (
+    KVFormat,
+    LayerKV,
+    QuantisedLayer,
+    by_slot,
+    new_quantised_layer,
+    slot_blocks,
+)
 from prismserve.kernels.paged_cache.reference import read_blocks
 
 
@@ -23,4 +30,13 @@ def write_kv(layer: LayerKV, slots: torch.Tensor, keys: torch.Tensor, values: to
     reference.write_kv(layer, slots, keys, values)
 
 
-__all__ = ["KVFormat", "LayerKV", "QuantisedLayer", "new_quantised_layer", "read_blocks", "write_kv"]
+__all__ = [
+    "KVFormat",
+    "LayerKV",
+    "QuantisedLayer",
+    "by_slot",
+    "new_quantised_layer",
+    "read_blocks",
+    "slot_blocks",
+    "write_kv",
+]

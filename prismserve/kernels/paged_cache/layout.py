@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class KVFormat(Enum):
@@ -61,6 +64,44 @@ def storage(layer: LayerKV) -> torch.Tensor:
 def head_dim(layer: LayerKV) -> int:
     """Channels per head of either kind of layer."""
     return layer.head_dim if isinstance(layer, QuantisedLayer) else layer.shape[-1]
+
+
+def by_slot(layer: LayerKV) -> LayerKV:
+    """The same memory as blocks of one slot each: block :func:`slot_blocks` ``(layer, [slot])[0]`` is a slot's.
+
+    Args:
+        layer: whose groups lie a whole number of slots apart, as those of the KV pool do.
+
+    Returns:
+        A view [n, 2, 1, kv_heads, ...]; not every number below n is a slot of this layer.
+    """
+    if isinstance(layer, QuantisedLayer):
+        offset = None if layer.offset is None else _by_slot(layer.offset)
+        return QuantisedLayer(layer.format, _by_slot(layer.codes), _by_slot(layer.scale), offset)
+    return _by_slot(layer)
+
+
+def slot_blocks(layer: LayerKV, slots: Sequence[int]) -> list[int]:
+    """Blocks of :func:`by_slot` that hold these slots (``group * block_tokens + offset``)."""
+    rows = storage(layer)
+    size, apart = rows.shape[2], _slots_apart(rows)
+    return [slot // size * apart + slot % size for slot in slots]
+
+
+def _slots_apart(rows: torch.Tensor) -> int:
+    """How many slots would fit between the beginnings of two groups."""
+    apart, rest = divmod(rows.stride(0), rows.stride(2))
+    if rest:
+        message = f"groups {rows.stride(0)} elements apart do not hold whole slots of {rows.stride(2)}"
+        raise ValueError(message)
+    return apart
+
+
+def _by_slot(rows: torch.Tensor) -> torch.Tensor:
+    groups, sides, size = rows.shape[:3]
+    blocks = (groups - 1) * _slots_apart(rows) + size
+    _, side, slot, *inner = rows.stride()
+    return rows.as_strided((blocks, sides, 1, *rows.shape[3:]), (slot, side, slot, *inner))
 
 
 def new_quantised_layer(

@@ -1,4 +1,4 @@
-"""Greedy choices among rows of features: the largest determinant, the farthest point, pairs that are most alike."""
+"""Choices among rows of features (the largest determinant, the farthest point, what is most alike), and merging them."""
 
 from __future__ import annotations
 
@@ -39,4 +39,42 @@ def drop_alike(rows: torch.Tensor, among: torch.Tensor, kept: int, per_round: in
     return reference.drop_alike(rows, among, kept, per_round)
 
 
-__all__ = ["Fading", "drop_alike", "farthest_first", "largest_determinant", "merge_alike"]
+def closest(rows: torch.Tensor, among: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+    """[A] int64, which of ``partners`` each of the rows ``among`` is most like; see :func:`reference.closest`."""
+    if use_native(rows):
+        return native.closest(rows, among, partners)
+    return reference.closest(rows, among, partners)
+
+
+def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tensor:
+    """[A, keep] int64 rows most like each of the rows ``among``; see :func:`reference.most_alike`."""
+    if use_native(rows):
+        return native.most_alike(rows, among, keep)
+    return reference.most_alike(rows, among, keep)
+
+
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
+    """[k, N] float32 weights of what is folded into the rows ``kept``; see :func:`reference.fold_alike`."""
+    if use_native(rows):
+        return native.fold_alike(rows, kept, share)
+    return reference.fold_alike(rows, kept, share)
+
+
+def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[k, C] float32 of weights [k, N] and rows [N, C]; see :func:`reference.merge_rows`."""
+    if use_native(rows) and use_native(weights):
+        return native.merge_rows(weights, rows)
+    return reference.merge_rows(weights, rows)
+
+
+__all__ = [
+    "Fading",
+    "closest",
+    "drop_alike",
+    "farthest_first",
+    "fold_alike",
+    "largest_determinant",
+    "merge_alike",
+    "merge_rows",
+    "most_alike",
+]

@@ -63,3 +63,40 @@ def drop_alike(rows: torch.Tensor, among: torch.Tensor, kept: int, per_round: in
     left = among.clone()
     call("drop_alike", *where, left.data_ptr(), left.shape[0], kept, per_round)
     return left[:kept]
+
+
+def closest(rows: torch.Tensor, among: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+    """As the reference."""
+    rows, where = _placed(rows)
+    among, partners = among.contiguous(), partners.contiguous()
+    owner = torch.empty(among.shape[0], dtype=torch.int64)
+    sizes = (among.data_ptr(), among.shape[0], partners.data_ptr(), partners.shape[0])
+    call("closest", *where, *sizes, owner.data_ptr())
+    return owner
+
+
+def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tensor:
+    """As the reference."""
+    rows, where = _placed(rows)
+    among = among.contiguous()
+    found = torch.empty((among.shape[0], keep), dtype=torch.int64)
+    call("most_alike", *where, among.data_ptr(), among.shape[0], keep, found.data_ptr())
+    return found
+
+
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
+    """As the reference."""
+    rows, where = _placed(rows)
+    kept = kept.contiguous()
+    weights = torch.empty((kept.shape[0], rows.shape[0]), dtype=torch.float32)
+    call("fold_alike", *where, kept.data_ptr(), kept.shape[0], share, weights.data_ptr())
+    return weights
+
+
+def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """As the reference, without a pass over what counts nothing."""
+    rows, where = _placed(rows)
+    weights = weights if weights.stride(1) == 1 else weights.contiguous()
+    out = torch.empty((weights.shape[0], rows.shape[1]), dtype=torch.float32)
+    call("merge_rows", *where, weights.data_ptr(), weights.stride(0), weights.shape[0], out.data_ptr())
+    return out

@@ -160,6 +160,75 @@ def drop_alike(rows: torch.Tensor, among: torch.Tensor, kept: int, per_round: in
     return among
 
 
+def closest(rows: torch.Tensor, among: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+    """Which of some rows each of others is most like (cosine).
+
+    Args:
+        rows: [N, C] float32.
+        among: [A] int64 rows that choose.
+        partners: [P] int64 rows to choose from, at least 1.
+
+    Returns:
+        [A] int64 numbers within ``partners``; of equals the earlier.
+    """
+    return _closest(rows[among], rows[partners])[1]
+
+
+def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tensor:
+    """For some rows the ``keep`` others that are most like them (cosine).
+
+    Args:
+        rows: [N, C] float32.
+        among: [A] int64.
+        keep: 0 to N - 1.
+
+    Returns:
+        [A, keep] int64 rows, ascending, never the row itself; of equals the lower are taken.
+    """
+    unit = functional.normalize(rows, dim=-1)
+    similar = (unit[among] @ unit.T).scatter_(1, among[:, None], -torch.inf)
+    return torch.sort(similar, dim=1, descending=True, stable=True).indices[:, :keep].sort(dim=1).values
+
+
+def fold_alike(rows: torch.Tensor, kept: torch.Tensor, share: float) -> torch.Tensor:
+    """What rows that are kept are made of if every other is folded into the one it is most like (cosine).
+
+    Args:
+        rows: [N, C] float32.
+        kept: [k] int64, ascending, 1 to N - 1 of them.
+        share: above 0, of the mean of what is folded into a row; the row itself has the rest, and all where nothing is.
+
+    Returns:
+        [k, N] float32 weights; of equally similar rows the first takes.
+    """
+    left = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    left[kept] = False
+    others = left.nonzero()[:, 0]
+    owner = closest(rows, others, kept)
+    members = torch.bincount(owner, minlength=kept.shape[0]).float()
+    weights = torch.zeros(kept.shape[0], rows.shape[0], device=rows.device)
+    weights.scatter_(1, kept[:, None], torch.where(members > 0, 1.0 - share, 1.0)[:, None])
+    weights[owner, others] = (share / members.clamp(min=1.0))[owner]
+    return weights
+
+
+def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of rows, where most weights are 0.
+
+    Args:
+        weights: [k, N] float32.
+        rows: [N, C] float32.
+
+    Returns:
+        [k, C] float32; what is made of one row with weight 1 is that row, bit for bit.
+    """
+    merged = weights @ rows
+    # Gathered rather than multiplied, so that reduced matmul precision cannot change a row nothing was merged into.
+    largest, place = weights.max(1)
+    alone = (largest == 1) & ((weights != 0).sum(1) == 1)
+    return torch.where(alone[:, None], rows[place], merged)
+
+
 def _closest(proposers: torch.Tensor, partners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest cosine of each of [a, C] with any of [b, C], and which."""
     similar = functional.normalize(proposers, dim=-1) @ functional.normalize(partners, dim=-1).T

@@ -178,7 +178,7 @@ def check_epoch(epoch: int) -> None:
 
 def check_keys(keys: Sequence[bytes]) -> None:
     """Refuse keys that are not 32-byte digests."""
-    for key in keys:
-        if len(key) != DIGEST_BYTES:
-            message = f"an index key has {len(key)} bytes, it must have {DIGEST_BYTES}"
+    for nbytes in set(map(len, keys)):
+        if nbytes != DIGEST_BYTES:
+            message = f"an index key has {nbytes} bytes, it must have {DIGEST_BYTES}"
             raise ConfigurationError(message, field="added")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
 from prismserve.core.errors import ConfigurationError, IndexUnavailableError
@@ -25,7 +25,7 @@ from prismserve.kv_transfer.index.client import Connection
 from prismserve.kv_transfer.index.config import IndexConfig
 from prismserve.kv_transfer.index.mirror import Mirror
 from prismserve.kv_transfer.index.records import decode_event
-from prismserve.kv_transfer.index.registry import Names, read_registry
+from prismserve.kv_transfer.index.registry import Names, ask_scores, read_registry
 
 _LOG = logging.getLogger(__name__)
 _START: Final = "0-0"
@@ -67,7 +67,7 @@ class RedisFollower:
         try:
             while not stop.is_set():
                 try:
-                    if self._position is None or not await self._intact():
+                    if self._position is None or await self._check() is None:
                         await self._snapshot(mirror)
                     mirror.synced = True
                     backoff_s = _BACKOFF_MIN_S
@@ -134,11 +134,12 @@ class RedisFollower:
                 self._position = None
                 return
             if self._clock() >= next_check_s:
-                if not await self._intact():
+                pairs = await self._check()
+                if pairs is None:
                     _LOG.info("the index lost its state; taking a new snapshot")
                     self._position = None
                     return
-                await self._refresh(mirror)
+                await self._refresh(mirror, pairs)
                 mirror.sweep()
                 next_check_s = self._clock() + self._config.poll_interval_s
 
@@ -178,22 +179,29 @@ class RedisFollower:
         async with self._connection.call("reading events") as client:
             return bool(await client.xrange(self._names.events, position, position, count=1))
 
-    async def _intact(self) -> bool:
-        """Whether the stream still holds the event read last, in the incarnation it was read in."""
+    async def _check(self) -> Sequence[tuple[bytes, float]] | None:
+        """The registry's scores; None unless the stream still holds the event read last, in the incarnation it was read in.
+
+        One round trip: an event that comes meanwhile is late by it.
+        """
         position = self._position or _START
         async with self._connection.call("reading events") as client:
             pipe = client.pipeline(transaction=False)
             pipe.get(self._names.incarnation)
             pipe.xrange(self._names.events, position, position, count=1)
-            incarnation, entry = await pipe.execute()
+            ask_scores(pipe, self._names)
+            incarnation, entry, pairs = await pipe.execute()
         if self._incarnation is None:
             # The first registration came after the snapshot: nothing was there that could have been lost.
             self._incarnation = incarnation
-        return incarnation == self._incarnation and (position == _START or bool(entry))
+        if incarnation != self._incarnation or (position != _START and not entry):
+            return None
+        scores: Sequence[tuple[bytes, float]] = pairs
+        return scores
 
-    async def _refresh(self, mirror: Mirror) -> list[WorkerInfo]:
+    async def _refresh(self, mirror: Mirror, pairs: Sequence[tuple[bytes, float]] | None = None) -> list[WorkerInfo]:
         """Bring the mirror's workers in line with the registry, and return what it lists."""
-        infos = await read_registry(self._connection, self._names)
+        infos = await read_registry(self._connection, self._names, pairs)
         for info in infos:
             mirror.add_worker(info)
             self._saw_epoch(info.epoch)

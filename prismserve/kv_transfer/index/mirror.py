@@ -16,6 +16,7 @@ from prismserve.kv_transfer.index.base import EventKind, IndexEvent
 from prismserve.kv_transfer.index.runs import RunTable
 
 _SWEEP_KEYS: Final = 2048
+_GROUPS_MAX: Final = 4096
 _TIERS: Final = len(Tier)
 _ALL_TIERS: Final = (1 << _TIERS) - 1
 
@@ -81,6 +82,7 @@ class Mirror:
         self._table = RunTable(keys_max)
         self._holders: dict[str, _Holder] = {}
         self._names: list[str] = []
+        self._groups: dict[int, tuple[str, ...]] = {}
         self._free_slots: list[int] = []
         # The lowest bits of slots in use; of retired slots, all bits.
         self._live = 0
@@ -111,6 +113,9 @@ class Mirror:
         Returns:
             For every worker that holds at least the first key: how many leading keys it holds.
         """
+        whole = self._slots(self._table.whole(keys))
+        if whole:
+            return dict.fromkeys(self._named(whole), len(keys))
         found: dict[str, int] = {}
         alive, count = self._live, 0
         for length, mask in self._table.stretches(keys):
@@ -141,7 +146,7 @@ class Mirror:
 
     def holders(self, key: bytes) -> tuple[str, ...]:
         """The workers that hold ``key`` in any tier, in slot order."""
-        return tuple(self._named(self._slots(self._table.mask(key))))
+        return self._named(self._slots(self._table.mask(key)))
 
     def tiers(self, key: bytes) -> dict[str, Tier]:
         """The workers that hold ``key``, and the fastest tier in which each does."""
@@ -204,7 +209,8 @@ class Mirror:
         holder = self._current(worker_id, epoch)
         if holder is None:
             return False
-        holder.keys[tier] += self._table.add(keys, holder.bit(tier), in_order=in_order)
+        stale = self._sweeping | self._retired
+        holder.keys[tier] += self._table.add(keys, holder.bit(tier), in_order=in_order, stale=stale)
         return True
 
     def discard(self, worker_id: str, epoch: int, keys: Iterable[bytes], tier: Tier = Tier.DEVICE) -> bool:
@@ -274,12 +280,19 @@ class Mirror:
         """The lowest bits of the live slots that have any of their bits in ``mask``."""
         return (mask | mask >> 1 | mask >> 2) & self._live
 
-    def _named(self, slots: int) -> list[str]:
-        return [self._names[slot] for slot in _slot_numbers(slots)]
+    def _named(self, slots: int) -> tuple[str, ...]:
+        """Names of slots by their lowest bits; there are few sets of holders, and each is asked for often."""
+        named = self._groups.get(slots)
+        if named is None:
+            if len(self._groups) >= _GROUPS_MAX:
+                self._groups.clear()
+            named = self._groups[slots] = tuple(self._names[slot] for slot in _slot_numbers(slots))
+        return named
 
     def _take_slot(self, worker_id: str) -> int:
         if self._free_slots:
             slot = self._free_slots.pop()
+            self._groups.clear()
             self._names[slot] = worker_id
         else:
             slot = len(self._names)

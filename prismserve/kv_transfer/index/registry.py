@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.types import Tier, WorkerInfo
-from prismserve.kv_transfer.index.client import Connection
+from prismserve.kv_transfer.index.client import Connection, RedisClient
 from prismserve.kv_transfer.index.records import decode_worker
 
 _LOG = logging.getLogger(__name__)
@@ -41,13 +42,25 @@ class Names:
 async def read_scores(connection: Connection, names: Names) -> dict[str, float]:
     """Worker ids with their newest epoch; epoch + 0.5 for a dropped one. The newest 4,096 are read."""
     async with connection.call("reading the registry") as client:
-        pairs = await client.zrange(names.workers, -_WORKERS_MAX, -1, withscores=True)
-    return {worker_id.decode(): score for worker_id, score in pairs}
+        return _scores(await ask_scores(client, names))
 
 
-async def read_registry(connection: Connection, names: Names) -> list[WorkerInfo]:
-    """The workers whose lease runs, by id. A record of another release is left out and logged."""
-    scores = await read_scores(connection, names)
+def ask_scores(client: RedisClient, names: Names) -> Any:
+    """Ask a client, or a pipeline, for what :func:`read_registry` takes as ``pairs``."""
+    return client.zrange(names.workers, -_WORKERS_MAX, -1, withscores=True)
+
+
+async def read_registry(
+    connection: Connection, names: Names, pairs: Sequence[tuple[bytes, float]] | None = None
+) -> list[WorkerInfo]:
+    """The workers whose lease runs, by id. A record of another release is left out and logged.
+
+    Args:
+        connection: to the server.
+        names: of the cluster.
+        pairs: the answer to :func:`ask_scores`, if that was just asked.
+    """
+    scores = await read_scores(connection, names) if pairs is None else _scores(pairs)
     running = sorted((name, int(score)) for name, score in scores.items() if score == int(score))
     if not running:
         return []
@@ -67,3 +80,7 @@ async def read_registry(connection: Connection, names: Names) -> list[WorkerInfo
         else:
             _LOG.warning("worker %s is left out of the registry: its record names another registration", name)
     return found
+
+
+def _scores(pairs: Sequence[tuple[bytes, float]]) -> dict[str, float]:
+    return {worker_id.decode(): score for worker_id, score in pairs}

@@ -75,6 +75,20 @@ class RunTable:
         entry = self._entries.get(key, 0)
         return entry if entry >= 0 else self._runs[entry].mask
 
+    def whole(self, chain: Sequence[bytes]) -> int:
+        """The one mask of all keys of a chain if its last key shows it, which is so for most chains; else 0.
+
+        If the last key stands in a proven run as far from the start as in the chain, so do all before it: each names
+        its whole prefix. So two keys are looked at, however long the chain is.
+        """
+        count = len(chain)
+        entry = self._entries.get(chain[0], 0) if count else 0
+        if entry >= 0:
+            return 0
+        run = self._runs[entry]
+        own = run.keys
+        return run.mask if run.proven and count <= len(own) and own[count - 1] == chain[count - 1] else 0
+
     def stretches(self, chain: Sequence[bytes]) -> Iterator[tuple[int, int]]:
         """Walk along a chain, from its start to the first key without a mask.
 
@@ -106,13 +120,14 @@ class RunTable:
 
     # ------------------------------------------------------------------ changes
 
-    def add(self, keys: Iterable[bytes], bit: int, *, in_order: bool = True) -> int:
+    def add(self, keys: Iterable[bytes], bit: int, *, in_order: bool = True, stale: int = 0) -> int:
         """Set a bit of every key.
 
         Args:
             keys: keys; those that follow each other in a chain should do so here.
             bit: a mask with one bit.
             in_order: whether neighbours here are likely to be neighbours in a chain.
+            stale: bits that may be cleared of these keys on the way: those that are being swept.
 
         Returns:
             For how many keys the bit was not set before.
@@ -123,6 +138,10 @@ class RunTable:
         gained, fresh = self._enter(named, bit, in_order=in_order)
         if fresh == len(named):
             return gained
+        if not gained:
+            changed = self._set_all(named, bit, stale, in_order=in_order)
+            if changed is not None:
+                return changed
         entries = self._entries
         at, count = 0, len(named)
         while at < count:
@@ -132,11 +151,12 @@ class RunTable:
                 start = _position(run.keys, named[at])
                 length = _common(run.keys[start:], named[at:])
                 if not run.mask & bit:
-                    self._assign(run, start, start + length, run.mask | bit)
+                    self._assign(run, start, start + length, run.mask & ~stale | bit)
                     gained += length
-            elif not entry & bit:
-                entries[named[at]] = self._share(entry | bit)
-                gained += 1
+            else:
+                length = self._plain_length(named, at, entry)
+                if not entry & bit:
+                    gained += self._set(named[at : at + length], entry & ~stale | bit, in_order=in_order)
             at += length
         return gained
 
@@ -170,10 +190,14 @@ class RunTable:
             self._sweep_keys = list(self._entries)
         batch = self._sweep_keys[-budget_keys:]
         del self._sweep_keys[-budget_keys:]
-        for key in batch:
-            entry = self._entries.get(key, 0)
+        found = list(map(self._entries.get, batch, repeat(0)))
+        for entry in set(found):
             if entry > 0 and entry & bits:
-                self._store((key,), entry & ~bits)
+                keys = tuple(key for key, one in zip(batch, found, strict=True) if one == entry)
+                if entry & ~bits:
+                    self._entries.update(dict.fromkeys(keys, self._share(entry & ~bits)))
+                else:
+                    self._store(keys, 0)
             elif entry < 0 and self._runs[entry].mask & bits:
                 run = self._runs[entry]
                 self._assign(run, 0, len(run.keys), run.mask & ~bits)
@@ -275,6 +299,29 @@ class RunTable:
             run = self._runs[number] = _Run(number, keys, bit, proven=False)
             self._dissolve(run)
         return gained, done
+
+    def _set_all(self, keys: tuple[bytes, ...], bit: int, stale: int, *, in_order: bool) -> int | None:
+        """Set a bit of keys that all have entries of their own and get the same mask; None where that is not so.
+
+        This is what an owner's keys are that came from a snapshot and are announced again.
+        """
+        found = list(map(self._entries.__getitem__, keys))
+        before = set(found)
+        after = {mask & ~stale | bit for mask in before}
+        if min(before) < 0 or len(after) > 1 or len(set(keys)) < len(keys):
+            return None
+        if before != after:
+            self._set(keys, after.pop(), in_order=in_order)
+        return sum(found.count(mask) for mask in before if not mask & bit)
+
+    def _set(self, keys: tuple[bytes, ...], mask: int, *, in_order: bool) -> int:
+        """Give keys that have entries of their own another mask, and make them a run if they may be a chain; how many."""
+        unique = dict.fromkeys(keys)
+        if in_order and len(unique) > 1:
+            self._new_run(tuple(unique), mask, proven=False)
+        else:
+            self._entries.update(dict.fromkeys(unique, self._share(mask)))
+        return len(unique)
 
     def _discard_from(self, run: _Run, keys: tuple[bytes, ...], bit: int) -> int:
         """Clear a bit of as many of ``keys`` as lie together in ``run``, in its order or in reverse."""

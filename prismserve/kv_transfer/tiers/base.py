@@ -1,4 +1,4 @@
-"""What a tier does, what it counts, and the checksummed copy every tier makes."""
+"""What a tier does, and what it counts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
-import torch
-import xxhash
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from prismserve.kv_transfer.tiers.eviction import Label
 
 ALIGNMENT: Final = 4096
 """Blocks lie at multiples of this many bytes, in memory and in files: what direct I/O asks for."""
-_PIECE_BYTES: Final = 256 << 10
-"""Copied and hashed piece by piece, so that the hash reads what the copy has just put into the processor's cache."""
 
 
 class Outcome(enum.Enum):
@@ -121,13 +118,3 @@ class BlockTier(Protocol):
 def aligned(nbytes: int) -> int:
     """``nbytes`` rounded up to :data:`ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def copy_hashed(source: torch.Tensor, target: torch.Tensor) -> bytes:
-    """Copy uint8 [n] to uint8 [n] and return the XXH3-128 of what now lies in ``target``."""
-    state = xxhash.xxh3_128()
-    for start in range(0, source.shape[0], _PIECE_BYTES):
-        piece = target[start : start + _PIECE_BYTES]
-        piece.copy_(source[start : start + _PIECE_BYTES])
-        state.update(piece.numpy().data)
-    return state.digest()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from prismserve.core.errors import ConfigurationError
-from prismserve.kv_transfer.tiers.base import Outcome, copy_hashed
+from prismserve.kernels.copy_hashed import copy_hashed
+from prismserve.kv_transfer.tiers.base import Outcome
 from prismserve.kv_transfer.tiers.eviction import Label
 from prismserve.kv_transfer.tiers.slab_file import SlabFile, SlotHeader
 from prismserve.kv_transfer.tiers.slots import Slots
@@ -129,15 +130,19 @@ class DiskTier(Slots):
         if held is None or file is None:
             return Outcome.MISSING
         slot, expected = held
+        # Also where it is not read into: as many readers as there are buffers, and :meth:`close` waits for all of them.
         scratch = self._scratch.get()
         failure: OSError | None = None
         intact = False
         try:
-            file.read(slot, scratch)
+            if file.fits(target):
+                file.read(slot, target)
+                intact = copy_hashed(target, None) == expected
+            else:
+                file.read(slot, scratch)
+                intact = copy_hashed(scratch[: self.block_bytes], target) == expected
         except OSError as error:
             failure = error
-        else:
-            intact = copy_hashed(scratch[: self.block_bytes], target) == expected
         finally:
             self._scratch.put(scratch)
         with self._lock:

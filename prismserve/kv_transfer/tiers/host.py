@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from prismserve.core.errors import ConfigurationError
-from prismserve.kv_transfer.tiers.base import Outcome, aligned, copy_hashed
+from prismserve.kernels.copy_hashed import copy_hashed
+from prismserve.kv_transfer.tiers.base import Outcome, aligned
 from prismserve.kv_transfer.tiers.slots import Slots
 
 if TYPE_CHECKING:

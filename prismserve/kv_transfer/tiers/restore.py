@@ -14,6 +14,10 @@ FIXED_S: Final = 0.001
 """What a restore costs beside the bytes: a thread hop and a call between two engine steps."""
 
 
+SAFE_SHARE: Final = 0.95
+"""A restore is tried where it would have been faster in at least this share of cases, by each side's own errors."""
+
+
 @dataclass(frozen=True, slots=True)
 class Restore:
     """A decision and its grounds.
@@ -22,14 +26,14 @@ class Restore:
         first: block of the chain where the run begins.
         blocks: how many to restore; 0 if none.
         restore_s: predicted time of restoring them.
-        compute_s: predicted time of prefilling their tokens; infinite before anything was prefilled.
+        saved_s: predicted time of prefill that they spare; infinite before anything was prefilled.
         reason: in a word, for logs and metrics.
     """
 
     first: int
     blocks: int
     restore_s: float
-    compute_s: float
+    saved_s: float
     reason: str
 
     @property
@@ -43,10 +47,11 @@ def decide(
     first: int,
     tiers: Sequence[str],
     block_bytes: int,
-    block_tokens: int,
     bytes_per_s: Mapping[str, float],
-    prefill_tokens_per_s: float,
+    saved_s: float,
     blocks_min: int,
+    restore_error: float = 1.0,
+    compute_error: float = 1.0,
 ) -> Restore:
     """Compare restoring a run with computing it.
 
@@ -54,17 +59,18 @@ def decide(
         first: block of the chain where the run begins.
         tiers: per block of the run, the fastest tier that holds it.
         block_bytes: of each.
-        block_tokens: of each.
         bytes_per_s: measured rate of each tier; 0 where nothing was measured yet.
-        prefill_tokens_per_s: measured speed of prefill; 0 where nothing was measured yet.
+        saved_s: predicted time of prefill that the run spares; infinite where nothing was measured yet.
         blocks_min: shorter runs are not worth the trouble.
+        restore_error: so many times what is predicted a restore takes when it goes badly.
+        compute_error: so many times what is predicted a prefill takes when it goes well.
     """
     if len(tiers) < blocks_min:
         return Restore(first, 0, 0.0, 0.0, "too_short" if tiers else "not_held")
     seconds = {name: block_bytes / (bytes_per_s.get(name) or FIRST_GUESS_TIER_BYTES_PER_S[name]) for name in set(tiers)}
     restore_s = FIXED_S + sum(seconds[name] for name in tiers)
-    tokens = len(tiers) * block_tokens
-    compute_s = tokens / prefill_tokens_per_s if prefill_tokens_per_s > 0 else float("inf")
-    if restore_s >= compute_s:
-        return Restore(first, 0, restore_s, compute_s, "compute_is_cheaper")
-    return Restore(first, len(tiers), restore_s, compute_s, "restore_is_cheaper")
+    if restore_s >= saved_s:
+        return Restore(first, 0, restore_s, saved_s, "compute_is_cheaper")
+    if restore_s * restore_error >= saved_s * compute_error:
+        return Restore(first, 0, restore_s, saved_s, "too_close")
+    return Restore(first, len(tiers), restore_s, saved_s, "restore_is_cheaper")

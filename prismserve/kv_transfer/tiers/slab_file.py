@@ -122,9 +122,13 @@ class SlabFile:
         """A buffer that direct I/O accepts: uint8 [slot_bytes], aligned, zero."""
         return torch.frombuffer(_buffer(self.slot_bytes), dtype=torch.uint8)
 
-    def read(self, slot: int, scratch: torch.Tensor) -> None:
-        """Fill ``scratch`` (from :meth:`scratch`) with a slot; OSError if the drive gives less."""
-        view = scratch.numpy().data.cast("B")
+    def fits(self, target: torch.Tensor) -> bool:
+        """Whether a slot can be read into uint8 [block_bytes] as it lies, without a buffer of its own."""
+        return target.shape[0] == self.slot_bytes and target.data_ptr() % ALIGNMENT == 0 and target.is_contiguous()
+
+    def read(self, slot: int, target: torch.Tensor) -> None:
+        """Fill ``target`` (from :meth:`scratch`, or one that :meth:`fits`) with a slot; OSError if the drive gives less."""
+        view = target.numpy().data.cast("B")
         at = self._data_start + slot * self.slot_bytes
         done = 0
         while done < self.slot_bytes:

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from prismserve.core.cores import visible_cores
 from prismserve.kv_transfer.tiers.base import Outcome
 from prismserve.kv_transfer.tiers.disk import DiskTier
 from prismserve.kv_transfer.tiers.host import HostTier
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 5.0
+_THREAD_BYTES_MIN = 1 << 20
+"""Waking another thread pays from about this many bytes of host memory on."""
 
 
 class BlockSource(Protocol):
@@ -95,6 +99,7 @@ class TierStore:
         self._on_change = on_change
         self._waiting: queue.Queue[bytes | None] = queue.Queue(config.queue_blocks_max)
         self._stopping = threading.Event()
+        self._cores = visible_cores()
         self._pool = ThreadPoolExecutor(config.io_threads, thread_name_prefix="tier-read")
         self._thread = threading.Thread(target=self._run, name="tiers", daemon=True)
         self._thread.start()
@@ -133,11 +138,32 @@ class TierStore:
         Returns:
             Blocks read. What was read from the file moves up into host memory.
         """
-        results = list(self._pool.map(self._read, keys, targets))
-        found = sum(1 for _ in takewhile(lambda result: result[0], results))
+        sources: list[BlockTier | None] = [None] * len(keys)
+        waiting = deque(range(len(keys)))
+
+        def read() -> None:
+            while waiting:
+                try:
+                    index = waiting.popleft()
+                except IndexError:
+                    return
+                sources[index] = self._read(keys[index], targets[index])
+                if sources[index] is None:
+                    # Nothing behind it is of use.
+                    waiting.clear()
+
+        others = [self._pool.submit(read) for _ in range(self._threads_for(keys) - 1)]
+        read()
+        for other in others:
+            # One that waits for a thread has nothing left to do.
+            if not other.cancel():
+                other.result()
+        found = sum(1 for _ in takewhile(lambda source: source is not None, sources))
         for tier in self.tiers:
             tier.touch(keys[:found])
-        promoted = [key for key, (ok, tier) in zip(keys, results, strict=True) if ok and tier is self.disk]
+        promoted = [
+            key for key, source in zip(keys, sources, strict=True) if source is not None and source is self.disk
+        ]
         for key in promoted:
             with contextlib.suppress(queue.Full):
                 self._waiting.put_nowait(key)
@@ -163,15 +189,22 @@ class TierStore:
         if self.disk is not None:
             self.disk.close()
 
-    def _read(self, key: bytes, target: torch.Tensor) -> tuple[bool, BlockTier | None]:
+    def _threads_for(self, keys: Sequence[bytes]) -> int:
+        """Threads that read a run, the caller's among them: a drive wants many reads at once, memory as many as cores."""
+        if self.disk is not None and any(key not in self.host for key in keys):
+            return min(self.config.io_threads, len(keys))
+        return max(1, min(self.config.io_threads, self._cores, len(keys) * self.block_bytes // _THREAD_BYTES_MIN))
+
+    def _read(self, key: bytes, target: torch.Tensor) -> BlockTier | None:
+        """Read a block from the fastest tier that has it intact; that tier, or None."""
         for tier in self.tiers:
             outcome = tier.get(key, target)
             if outcome is Outcome.FOUND:
-                return True, tier
+                return tier
             if outcome in (Outcome.CORRUPT, Outcome.FAILED):
                 logger.warning("a block in the %s tier was %s and is dropped", tier.name, outcome.value)
                 self._changed(tier.name, (), (key,))
-        return False, None
+        return None
 
     # ---- the store's thread ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prismserve.core.errors import PrismServeError
@@ -17,7 +17,7 @@ from prismserve.router.fidelity.queue import ReplayQueue
 from prismserve.router.generation import TextDelta
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
     from prismserve.core.types import CompressionPlan, TokenLogprobs
     from prismserve.router.calls import Call
@@ -52,12 +52,14 @@ class Surroundings:
         generate: its answer, within so many seconds.
         idle: whether no worker has anything to do.
         crowded: whether workers have more to do than one replay.
+        stands_for: of each preset, what it does to the served model and what that loses, for the status document.
     """
 
     build: Build
     generate: Generate
     idle: Callable[[], bool]
     crowded: Callable[[], bool]
+    stands_for: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class FidelityGuard:
@@ -132,8 +134,12 @@ class FidelityGuard:
             "share": self._config.share,
             "step_back": self._config.step_back,
             "queue": self._queue.status(),
-            "presets": self._judge.status(),
+            "presets": {name: entry | self._told(name) for name, entry in self._judge.status().items()},
         }
+
+    def _told(self, preset: str) -> dict[str, Any]:
+        told = self._around.stands_for.get(preset)
+        return {} if told is None else {"stands_for": dict(told)}
 
     # ---- replays -----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from prismserve.cluster.commands import presets
+from prismserve.compression.presets_table import FAMILIES, described
 from tests.client.conftest import TURBO, Failure
 
 
@@ -30,6 +31,31 @@ def test_without_a_word_the_states_are_those_of_the_status_document(server, caps
     assert run(server, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"presets": {"turbo": TURBO}}
     assert server.service.presets == []
+
+
+def test_what_presets_stand_for_on_the_served_model_is_shown(server, capsys) -> None:
+    states = {name: {**TURBO, "stands_for": told} for name, told in described("llava_onevision").items()}
+    server.service.status = json.dumps({"workers": [], "fidelity": {"presets": states}})
+    assert run(server) == 0
+    out = capsys.readouterr().out
+    for part in ("on this model", "dpp 12.5 %, int8", "10 points (count 49, caption 23)", "not measured"):
+        assert part in out
+
+
+def test_every_family_is_shown_without_a_cluster(capsys) -> None:
+    parser = argparse.ArgumentParser()
+    presets.add_arguments(parser)
+    nobody = ["--grpc", "127.0.0.1:1", "--families"]
+    assert presets.run(parser.parse_args(nobody)) == 0
+    out = capsys.readouterr().out
+    for entry in FAMILIES.values():
+        assert entry.title in out
+    assert "visionzip 25 %, int8" in out
+    assert "0.9 points (count 6, relation 2)" in out
+    assert out.count("measured on the bundled model") == 1
+    assert presets.run(parser.parse_args([*nobody, "--json"])) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["qwen_vl"]["presets"]["balanced"]["videos"] == "dpp 25 %, int8"
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_2(server, capsys) -> None:

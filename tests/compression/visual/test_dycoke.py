@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from prismserve.compression.visual._video import even_shares
+from prismserve.compression.visual.dycoke import METHOD, Dycoke
+from prismserve.core.errors import InvalidRequestError
 from tests.compression.visual.slow import best, cosine, rows, run, video
 
 
@@ -59,3 +62,37 @@ def test_an_image_keeps_evenly_spaced_tokens():
 )
 def test_shares_are_as_equal_as_their_room_allows(total, capacities, shares):
     assert even_shares(total, capacities) == shares
+
+
+def config(**params):
+    return Dycoke.Config(**params)
+
+
+def test_the_second_stage_is_off_unless_asked_for():
+    assert METHOD.focus_layer(config(), 28) is None
+    assert METHOD.focus_layer(config(decode=0.3), 28) == 3
+    assert METHOD.focus_layer(config(decode=0.3, decode_layer=1), 2) == 1
+    with pytest.raises(InvalidRequestError, match="layers 0 to 2"):
+        METHOD.focus_layer(config(decode=0.3), 3)
+
+
+def test_a_step_reads_the_top_share_in_raster_order_and_never_nothing():
+    scores = torch.tensor([0.1, 0.5, 0.1, 0.4, 0.5])
+    assert METHOD.glance(scores, None, config(decode=0.6)).read.tolist() == [1, 3, 4]
+    assert METHOD.glance(scores, None, config(decode=0.8)).read.tolist() == [0, 1, 3, 4], "ties go to the lower index"
+    assert METHOD.glance(scores, None, config(decode=0.01)).read.tolist() == [1]
+
+
+@pytest.mark.parametrize("unchanged", ["last", "all"])
+def test_attention_as_before_leaves_the_choice_and_another_brings_tokens_back(unchanged):
+    given = config(decode=0.5, unchanged=unchanged)
+    first = METHOD.glance(torch.tensor([0.9, 0.1, 0.8, 0.2]), None, given)
+    assert first.read.tolist() == [0, 2]
+    # Alike enough, although the best two are others now.
+    second = METHOD.glance(torch.tensor([0.6, 0.2, 0.5, 0.52]), first, given)
+    assert second.read is None if unchanged == "all" else second.read.tolist() == [0, 2]
+    third = METHOD.glance(torch.tensor([0.0, 0.9, 0.0, 0.8]), second, given)
+    assert third.read.tolist() == [1, 3]
+    # Compared with the step before, not with the last one that chose.
+    fourth = METHOD.glance(torch.tensor([0.0, 0.8, 0.0, 0.9]), third, given)
+    assert fourth.read is None if unchanged == "all" else fourth.read.tolist() == [1, 3]

@@ -54,3 +54,23 @@ def test_a_large_theta_ranks_by_attention_where_tokens_differ(make_features):
 def test_parameters_out_of_range_are_refused_by_field(params):
     with pytest.raises(InvalidRequestError, match=next(iter(params))):
         normalise(visual_method("prism"), params, "compression.visual")
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize(("count", "keep"), [(9, 4), (30, 1), (30, 29)])
+def test_folding_mixes_in_the_mean_of_the_tokens_most_like_a_survivor(count, keep, share, make_features):
+    features = make_features(count, seed=count + keep)
+    indices = run("prism", features, keep=keep)[1].tolist()
+    tokens, same = run("prism", features, keep=keep, fold=share)
+    assert same.tolist() == indices
+    x = rows(features.projected)
+    members = {survivor: [] for survivor in indices}
+    for place in set(range(count)) - set(indices):
+        members[max(indices, key=lambda survivor, place=place: (cosine(x[place], x[survivor]), -survivor))].append(
+            place
+        )
+    for token, survivor in zip(tokens, indices, strict=True):
+        own, others = features.tokens[survivor], members[survivor]
+        mixed = (1 - share) * own + share * features.tokens[others].mean(0) if others else own
+        assert torch.allclose(token, mixed, atol=1e-6)
+        assert others or torch.equal(token, own)

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from prismserve.kernels.dispatch import use_native_on, without_native
-from prismserve.kernels.subsets import Fading, drop_alike, farthest_first, largest_determinant, merge_alike
+from prismserve.kernels.subsets import (
+    Fading,
+    closest,
+    drop_alike,
+    farthest_first,
+    fold_alike,
+    largest_determinant,
+    merge_alike,
+    merge_rows,
+    most_alike,
+)
 
 needs_native = pytest.mark.skipif(not use_native_on(torch.device("cpu")), reason="no C++ compiler on this machine")
 
@@ -104,3 +114,54 @@ def test_rows_without_direction_are_far_from_all_and_equals_go_to_the_first(nati
     else:
         with without_native():
             assert chosen() == ([0, 1, 2, 3], [3, 4, 5], [3, 4, 5])
+
+
+@needs_native
+@pytest.mark.parametrize("clusters", [0, 7])
+@pytest.mark.parametrize(("count", "width"), SHAPES)
+def test_native_kernels_find_what_is_most_alike(count, width, clusters):
+    rows = features(count, width, clusters=clusters)
+    partners = torch.arange(count)[:: max(1, count // 9)]
+    others = torch.arange(count)[1::2]
+    assert_same(*both(lambda: [closest(rows, others, partners)]))
+    if len(partners) < count:
+        native, plain = both(lambda: fold_alike(rows, partners, 0.3))
+        assert torch.allclose(native, plain, atol=1e-6)
+        assert torch.allclose(native.sum(1), torch.ones(len(partners)))
+    for keep in {0, (count - 1) // 3, count - 1}:
+        assert_same(*both(lambda keep=keep: [most_alike(rows, partners, keep)]))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_equally_alike_goes_to_the_first_and_no_row_is_like_itself(native):
+    if native and not use_native_on(torch.device("cpu")):
+        pytest.skip("no C++ compiler on this machine")
+    rows = torch.eye(3, 4)[[0, 1, 0, 1, 2, 0]].contiguous()
+
+    def found():
+        return closest(rows, torch.tensor([4, 5, 3]), torch.tensor([2, 1, 0])), most_alike(
+            rows, torch.tensor([0, 4]), 3
+        )
+
+    if native:
+        owner, alike = found()
+    else:
+        with without_native():
+            owner, alike = found()
+    assert owner.tolist() == [0, 0, 1]
+    assert alike.tolist() == [[1, 2, 5], [0, 1, 2]]
+
+
+@needs_native
+@pytest.mark.parametrize(("count", "width"), SHAPES)
+def test_merging_leaves_out_what_counts_nothing(count, width):
+    rows, generator = features(count, width), torch.Generator().manual_seed(width)
+    weights = torch.rand(count // 2 + 1, count, generator=generator)
+    weights *= torch.rand(weights.shape, generator=generator) < 0.2
+    weights[0] = 0.0
+    native, plain = both(lambda: merge_rows(weights, rows))
+    assert torch.allclose(native, plain, atol=1e-5)
+    assert torch.equal(merge_rows(torch.eye(count), rows), rows), "one row alone is left as it is, bit for bit"
+    assert torch.equal(
+        merge_rows(weights[:, ::2], rows[::2]), merge_rows(weights[:, ::2].contiguous(), rows[::2].clone())
+    )

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 
 import pytest
+import redis.asyncio
 from redis import exceptions as redis_errors
 
 from prismserve.core.errors import IndexUnavailableError
@@ -71,4 +72,15 @@ async def test_errors_of_our_own_pass_unchanged():
     with pytest.raises(KeyError):
         async with connection.call("testing"):
             raise KeyError("mine")
+    await connection.close()
+
+
+async def test_long_commands_are_packed_as_redis_py_packs_them():
+    connection = Connection(URL, 1.0, 1.0)
+    fast = connection.client.connection_pool.make_connection()
+    plain = redis.asyncio.Connection()
+    keys = [bytes([number % 256]) * 32 for number in range(300)]
+    for command in (("SADD", "prismserve:{ä}:held", *keys), ("MGET", *map(str, range(100))), ("GET", "a"), ("PING",)):
+        assert b"".join(fast.pack_command(*command)) == b"".join(plain.pack_command(*command))
+    assert len(fast.pack_command("SADD", "held", *keys)) == 1
     await connection.close()

@@ -41,6 +41,16 @@ class TableMachine(RuleBasedStateMachine):
         self.table = RunTable(10_000)
         self.model: dict[bytes, int] = {}
 
+    @rule(keys=key_lists, bit=st.sampled_from(BITS[:2]), in_order=st.booleans())
+    def add_while_sweeping(self, keys: list[bytes], bit: int, in_order: bool) -> None:
+        self.table.add(keys, bit, in_order=in_order, stale=BITS[2] | BITS[3])
+        self.model = {key: mask & ~(BITS[2] | BITS[3]) for key, mask in self.model.items()}
+        self.model = {key: mask for key, mask in self.model.items() if mask}
+        for key in keys:
+            self.model[key] = self.model.get(key, 0) | bit
+        while self.table.sweep(BITS[2] | BITS[3], 3):
+            pass
+
     @rule(keys=key_lists, bit=st.sampled_from(BITS), in_order=st.booleans())
     def add(self, keys: list[bytes], bit: int, in_order: bool) -> None:
         gained = {key for key in keys if not self.model.get(key, 0) & bit}
@@ -70,6 +80,8 @@ class TableMachine(RuleBasedStateMachine):
             expected.append(self.model[key])
         assert expand(self.table, chain) == expected
         assert expand(self.table, chain) == expected
+        whole = self.table.whole(chain)
+        assert not whole or [whole] * len(chain) == expected
 
     @invariant()
     def agrees(self) -> None:
@@ -92,6 +104,20 @@ def test_a_chain_of_one_announcement_is_matched_by_a_few_comparisons_once_it_is_
     assert list(table.stretches([*chain[:700], *long_chain(2, 300)])) == [(700, 3)]
 
 
+def test_of_a_proven_chain_the_last_key_tells_all():
+    table = RunTable(10_000)
+    chain = long_chain(8, 300)
+    table.add(chain, 1)
+    assert table.whole(chain) == 0
+    assert expand(table, chain) == [1] * 300
+    assert table.whole(chain) == table.whole(chain[:7]) == 1
+    assert table.whole([*chain, *long_chain(9, 1)]) == 0
+    assert table.whole([*chain[:6], *long_chain(9, 1)]) == 0
+    table.add(chain[:100], 2)
+    assert (table.whole(chain[:100]), table.whole(chain[:101])) == (3, 0)
+    assert table.whole([]) == table.whole(long_chain(9, 3)) == 0
+
+
 def test_blocks_announced_one_by_one_or_without_order_become_one_run_by_being_looked_up():
     table = RunTable(10_000)
     chain = long_chain(3, 500)
@@ -103,6 +129,20 @@ def test_blocks_announced_one_by_one_or_without_order_become_one_run_by_being_lo
     assert expand(table, chain) == [1] * 500
     assert table.runs == 1
     assert list(table.stretches(chain)) == [(500, 1)]
+
+
+def test_keys_of_a_snapshot_become_runs_when_they_are_announced_again_whatever_was_swept_of_them_before():
+    table = RunTable(10_000)
+    chain = long_chain(6, 400)
+    table.add(random.Random(0).sample(chain, 400), 1, in_order=False)
+    assert table.sweep(1, 150) == 250
+    table.add([key for key in chain if not table.mask(key)], 4, in_order=False)
+    assert table.add(chain, 2, stale=5) == 400
+    assert table.runs == 1
+    assert table.add(chain, 2, stale=5) == 0
+    while table.sweep(1, 150):
+        pass
+    assert list(table.stretches(chain)) == [(400, 2)]
 
 
 def test_a_run_that_was_no_chain_is_cut_where_the_chains_part():

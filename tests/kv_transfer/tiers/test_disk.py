@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from prismserve.core.errors import ConfigurationError
+from prismserve.core.types import KVLayout
+from prismserve.engine.pool import KVPool
 from prismserve.kv_transfer.tiers.base import Outcome
 from prismserve.kv_transfer.tiers.disk import DiskTier
 from prismserve.kv_transfer.tiers.eviction import Label
@@ -180,3 +183,37 @@ def test_a_folder_that_cannot_be_used_is_named(config, tmp_path):
         DiskTier(config.model_copy(update={"disk_path": str(tmp_path / "file" / "tier")}), BLOCK_BYTES, IDENTITY)
     with pytest.raises(ConfigurationError, match="disk_bytes"):
         DiskTier(config.model_copy(update={"disk_bytes": 9000}), BLOCK_BYTES, IDENTITY)
+
+
+def page_aligned(nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+def test_blocks_of_whole_pages_are_read_straight_into_memory_that_begins_with_a_page(config):
+    nbytes = 8192
+    tier = DiskTier(config, nbytes, IDENTITY)
+    blocks = [block_of(number)[:nbytes] for number in range(3)]
+    for number, block in enumerate(blocks):
+        tier.put(key_of(number), block, Label())
+    for scratch in list(tier._scratch.queue):
+        scratch.fill_(9)
+    memory = page_aligned(2 * nbytes)
+    for target in (memory[:nbytes], memory[1 : nbytes + 1], torch.empty(nbytes, dtype=torch.uint8)):
+        for number, block in enumerate(blocks):
+            assert tier.get(key_of(number), target) is Outcome.FOUND
+            assert torch.equal(target, block)
+        if target.data_ptr() % 4096 == 0:
+            assert all(bool((scratch == 9).all()) for scratch in list(tier._scratch.queue))
+    slot = tier._slots[key_of(1)]
+    tier._file.write(slot, page_aligned(nbytes))
+    assert tier.get(key_of(1), memory[:nbytes]) is Outcome.CORRUPT
+    assert key_of(1) not in tier
+    tier.close()
+
+
+def test_a_pool_in_host_memory_gives_the_file_such_memory():
+    pool = KVPool(KVLayout("float32", 2, 2, 16, 16), 3)
+    views = [pool.memory.group_view(group) for group in range(3)]
+    assert all(view.data_ptr() % 4096 == 0 and view.shape[0] == 8192 for view in views)
+    views[1].fill_(1)
+    assert int(views[0].sum() + views[2].sum()) == 0

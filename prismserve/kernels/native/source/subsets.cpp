@@ -3,6 +3,7 @@
 // Similarities are computed where they are asked for; no [count, count] matrix is held. All of it runs on one thread,
 // since one picture has little work and pictures are prepared side by side.
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <new>
 #include <vector>
@@ -177,6 +178,8 @@ using namespace prismserve;
 
 extern "C" {
 
+int ps_top_k(const float* scores, int64_t stride, int64_t rows, int64_t count, int64_t keep, int64_t* indices);
+
 // quality [count] and places [count, 3] may be null. See largest_determinant in reference.py.
 int ps_largest_determinant(const float* data, int64_t stride, int64_t count, int64_t width, const float* quality,
                            const float* places, float share, float falloff, int64_t picks, float least,
@@ -306,18 +309,95 @@ int ps_drop_alike(const float* data, int64_t stride, int64_t count, int64_t widt
     });
 }
 
+// owner [choosers]: which of the rows `partners` each of the rows `among` is most like. See closest in reference.py.
+int ps_closest(const float* data, int64_t stride, int64_t count, int64_t width, const int64_t* among, int64_t choosers,
+               const int64_t* partners, int64_t chosen, int64_t* owner) {
+    return guarded([&] {
+        const Rows rows{data, stride, count, width};
+        const std::vector<float> inverse = inverse_norms(rows);
+        std::vector<float> panels, block;
+        std::vector<Match> found;
+        pack(rows, std::vector<int64_t>(partners, partners + chosen), inverse, panels);
+        match(rows, std::vector<int64_t>(among, among + choosers), chosen, inverse, panels, block, found);
+        for (const Match& one : found) owner[one.proposer] = one.partner;
+    });
+}
+
+// found [choosers, keep]: the rows most like each of the rows `among`, ascending. See most_alike in reference.py.
+int ps_most_alike(const float* data, int64_t stride, int64_t count, int64_t width, const int64_t* among,
+                  int64_t choosers, int64_t keep, int64_t* found) {
+    return guarded([&] {
+        const Rows rows{data, stride, count, width};
+        const std::vector<float> inverse = inverse_norms(rows);
+        std::vector<float> similar(count);
+        for (int64_t a = 0; a < choosers; ++a) {
+            cosines(rows, inverse, among[a], similar.data());
+            similar[among[a]] = -std::numeric_limits<float>::infinity();
+            ps_top_k(similar.data(), count, 1, count, keep, found + a * keep);
+        }
+    });
+}
+
+// weights [keep, count]: what the rows `kept`, ascending, are made of. See fold_alike in reference.py.
+int ps_fold_alike(const float* data, int64_t stride, int64_t count, int64_t width, const int64_t* kept, int64_t keep,
+                  float share, float* weights) {
+    return guarded([&] {
+        const Rows rows{data, stride, count, width};
+        const std::vector<float> inverse = inverse_norms(rows);
+        const std::vector<int64_t> into(kept, kept + keep);
+        std::vector<int64_t> others, members(keep, 0);
+        for (int64_t i = 0, next = 0; i < count; ++i)
+            if (next < keep && kept[next] == i)
+                ++next;
+            else
+                others.push_back(i);
+        std::vector<float> panels, block;
+        std::vector<Match> found;
+        pack(rows, into, inverse, panels);
+        match(rows, others, keep, inverse, panels, block, found);
+        for (const Match& one : found) ++members[one.partner];
+        std::fill_n(weights, keep * count, 0.0f);
+        for (int64_t k = 0; k < keep; ++k) weights[k * count + kept[k]] = members[k] ? 1.0f - share : 1.0f;
+        for (const Match& one : found)
+            weights[one.partner * count + others[one.proposer]] = share / static_cast<float>(members[one.partner]);
+    });
+}
+
+// out [merged, width]: sums of rows by weights [merged, count], most of which are 0. See merge_rows in reference.py.
+int ps_merge_rows(const float* data, int64_t stride, int64_t count, int64_t width, const float* weights,
+                  int64_t weight_stride, int64_t merged, float* out) {
+    for (int64_t m = 0; m < merged; ++m) {
+        const float* weight = weights + m * weight_stride;
+        float* __restrict into = out + m * width;
+        bool empty = true;
+        for (int64_t j = 0; j < count; ++j) {
+            const float scale = weight[j];
+            if (scale == 0.0f) continue;
+            const float* __restrict row = data + j * stride;
+            if (empty)
+                for (int64_t k = 0; k < width; ++k) into[k] = scale * row[k];
+            else
+                for (int64_t k = 0; k < width; ++k) into[k] += scale * row[k];
+            empty = false;
+        }
+        if (empty) std::fill_n(into, width, 0.0f);
+    }
+    return 0;
+}
+
 // indices [rows, keep]: the largest of each row of [rows, count], ascending; of equals the earlier are taken.
 int ps_top_k(const float* scores, int64_t stride, int64_t rows, int64_t count, int64_t keep, int64_t* indices) {
     return guarded([&] {
-        std::vector<int64_t> order(count);
-        for (int64_t r = 0; r < rows; ++r) {
+        std::vector<float> values(count);
+        for (int64_t r = 0; r < rows && keep > 0; ++r) {
             const float* row = scores + r * stride;
-            for (int64_t i = 0; i < count; ++i) order[i] = i;
-            std::nth_element(order.begin(), order.begin() + keep, order.end(), [row](int64_t one, int64_t other) {
-                return row[one] != row[other] ? row[one] > row[other] : one < other;
-            });
-            std::sort(order.begin(), order.begin() + keep);
-            std::copy_n(order.begin(), keep, indices + r * keep);
+            std::copy_n(row, count, values.begin());
+            std::nth_element(values.begin(), values.begin() + keep - 1, values.end(), std::greater<float>());
+            const float least = values[keep - 1];
+            int64_t equals = keep, *next = indices + r * keep;
+            for (int64_t i = 0; i < count; ++i) equals -= row[i] > least;
+            for (int64_t i = 0; i < count; ++i)
+                if (row[i] > least || (row[i] == least && equals-- > 0)) *next++ = i;
         }
     });
 }
