@@ -61,16 +61,20 @@ if TYPE_CHECKING:
 
 KEEPS: Final = (98, 49, 24)
 WEIGHTS: Final = Path(__file__).parent / "clip_weights" / "decoder.safetensors"
-LEAST: Final = 0.7
+LEAST: Final = 0.6
 """Share right without compression from which on a family says something about methods."""
 BUDGETS: Final[dict[str, Callable[[float], dict[str, float]]]] = {
     "prefill/framefusion": lambda share: {"cost": share},
-    # The published thresholds are for half of the tokens; the lower ones are a line through them, for want of others.
-    "prefill/sttm": lambda share: {"spatial": 0.85 - (0.5 - share), "temporal": 0.55 - (0.5 - share)},
+    "prefill/sttm": lambda threshold: {"spatial": threshold, "temporal": threshold - 0.3},
 }
-"""Parameters of methods without ``keep``, by the share of the tokens that is asked for."""
+"""Parameters of methods without ``keep``: by the share of the tokens that is asked for, or by a threshold."""
+THRESHOLDS: Final = {"prefill/sttm": (0.0, 1.1)}
+"""Methods that leave what a threshold leaves: it is sought so that a few clips before the first keep the budget on average."""
+_CALIBRATION_CLIPS: Final = 12
+_CALIBRATION_ROUNDS: Final = 7
 _TIMES: Final = FrameTimes((0.0, 0.5, 1.0, 1.5), 2.0)
 _ANSWER_TOKENS_MAX: Final = 12
+_NEUTRAL: Final = "How many objects are shown?"
 _SLOTS: Final = TOKENS + 1
 
 
@@ -199,7 +203,29 @@ class Bench:
 
     def measure(self, method: str, keep: int) -> VideoRow:
         """Ask every question."""
-        spec, plan, share = video_plan(method, keep)
+        threshold = self.threshold(method, keep) if method in THRESHOLDS else None
+        return self._measure(method, keep, threshold)
+
+    def threshold(self, method: str, keep: int) -> float:
+        """By bisection on clips that no question of a table is about."""
+        low, high = THRESHOLDS[method]
+        asked, self.questions = self.questions, [Question(seed, "count", _NEUTRAL, "") for seed in self._calibration()]
+        for _ in range(_CALIBRATION_ROUNDS):
+            middle = (low + high) / 2
+            few = self._measure(method, keep, middle).tokens < keep
+            low, high = (middle, high) if few else (low, middle)
+        self.questions = asked
+        return (low + high) / 2
+
+    def _calibration(self) -> range:
+        seeds = range(HELD_OUT_SEED - _CALIBRATION_CLIPS, HELD_OUT_SEED)
+        for seed in seeds:
+            if seed not in self.clips:
+                self.clips[seed] = self._shown(seed)
+        return seeds
+
+    def _measure(self, method: str, keep: int, threshold: float | None) -> VideoRow:
+        spec, plan, share = video_plan(method, keep, threshold)
         asks = share == Share.QUERY and not method.startswith(INSIDE)
         engine = self.engine()
         costs: list[float] = []
@@ -231,17 +257,20 @@ class Bench:
             right[question.family] += self.processor.decode(answers[str(index)]).strip() == question.answer
         families = {name: Score(right[name], asked[name]) for name in CLIP_FAMILIES if asked[name]}
         inside = method.startswith(INSIDE)
-        # The token behind the last frame is no token of a frame; a method inside the decoder counts it.
-        tokens = statistics.fmean(left.values() if inside else kept) - (_SLOTS - TOKENS)
+        # The token behind the last frame is no token of a frame.
+        tokens = statistics.fmean(left.values()) if inside else statistics.fmean(kept) - (_SLOTS - TOKENS)
         return VideoRow(method, keep, share, families, tokens, 0.0 if inside else statistics.median(costs))
 
 
-def video_plan(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan, str]:
-    """As :func:`benchmarks.quality.plan_of`, also for methods that have thresholds or a cost in place of a budget."""
+def video_plan(
+    method: str, keep: int, threshold: float | None = None
+) -> tuple[MethodSpec | None, CompressionPlan, str]:
+    """As :func:`benchmarks.quality.plan_of`, also for methods that have a threshold or a cost in place of a budget."""
     if method not in BUDGETS:
         return plan_of(method, keep)
     inside = loader.prefill_method(method.removeprefix(INSIDE))
-    prefill = loader.normalise(inside, BUDGETS[method](keep / TOKENS), "compression.prefill")
+    parameters = BUDGETS[method](keep / TOKENS if threshold is None else threshold)
+    prefill = loader.normalise(inside, parameters, "compression.prefill")
     none = loader.normalise(loader.visual_method("none"), {}, "compression.visual")
     return none, CompressionPlan(visual=none, prefill=prefill), str(inside.share)
 
@@ -313,18 +342,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         families = families_of(bench.questions, off, arguments.least)
         used = [family.name for family in families if family.used]
         print(f"{time.monotonic() - began:6.0f} s  {TOKENS:3d}  {'off':24} {one_line(off)}", flush=True)
-        rows = [off.only(used)] if used else []
         bench.questions = [question for question in bench.questions if question.family in used]
+        conditions = (
+            f"Reference model trained for clips, in float32 on one CPU thread, greedy: {FRAMES} frames of 7 x 7 tokens. "
+            f"{arguments.per_family} questions a family about {len(bench.clips)} clips from seed {arguments.seed}."
+        )
+        rows = [off.only(used)] if used else []
+        write(rows, families, conditions, arguments.out)
         for method, keep in cells(chosen, keeps) if used else ():
             if method == "off":
                 continue
             rows.append(bench.measure(method, keep))
+            # Written after every row: a run may be cut off.
+            write(rows, families, conditions, arguments.out)
             print(f"{time.monotonic() - began:6.0f} s  {keep:3d}  {method:24} {one_line(rows[-1])}", flush=True)
-    conditions = (
-        f"Reference model trained for clips, in float32 on one CPU thread, greedy: {FRAMES} frames of 7 x 7 tokens. "
-        f"{arguments.per_family} questions a family about {len(bench.clips)} clips from seed {arguments.seed}."
-    )
-    write(rows, families, conditions, arguments.out)
     print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
     return 0
 

@@ -85,15 +85,20 @@ class Stage:
         device = x.device
         spans, base = self.sequence.spans, pruning.base
         self._rows = torch.arange(whole.shape[0], device=device)
-        visual = [torch.arange(span.start - base, span.end - base, device=device) for span in spans]
-        self._visual = torch.cat(visual)
+        visual: list[torch.Tensor] = []
+        places: list[torch.Tensor] = []
+        for span, grid, raster in zip(spans, pruning.grids, pruning.rasters, strict=True):
+            rows = torch.arange(span.start - base, span.end - base)
+            slots = self.sequence.images[span.segment.key].positions
+            if raster is not None:
+                inside = torch.isin(slots, raster)
+                rows, slots = rows[inside], torch.searchsorted(raster, slots[inside])
+            visual.append(rows)
+            places.append(_places(slots, grid))
+        self._visual = torch.cat(visual).to(device)
         self._medium = torch.repeat_interleave(
             torch.arange(len(spans), device=device), torch.tensor(pruning.counts, device=device)
         )
-        places = [
-            _places(self.sequence.images[span.segment.key].positions, grid)
-            for span, grid in zip(spans, pruning.grids, strict=True)
-        ]
         self._places = torch.cat(places).to(device)
         self._sizes = torch.ones(len(self._visual), device=device)
         return whole

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prismserve.compression.cuts import CutPlan, PrefillMethod
     from prismserve.core.types import MediaSegment, Request
     from prismserve.engine.sequence import ImageSpan
+    from prismserve.models.base import ImageLayout
     from prismserve.models.config import DecoderConfig
     from prismserve.models.processing import Processor
 
@@ -50,9 +51,11 @@ class Pruning:
         base: leading slots, a whole number of blocks of text, that are computed in every layer beforehand.
         prompt_tokens: slots of the prompt.
         room: slots each layer holds of the prompt at most; exact where the method's counts are.
-        grids: one per image.
+        grids: one per image or video.
+        rasters: of each, the slots that stand in its frames, ascending; None if all do. What stands around them is
+            treated as text is: no method sees it, and it stays.
         seed: 8 bytes from all pixels.
-        counts: visual tokens of each image as they enter the decoder.
+        counts: visual tokens of each image or video as they enter the decoder.
         held: [t, D] pieces of what enters the entry layer, in order, of the chunks computed so far.
         plans: what was chosen, by cut; kept when the sequence is computed again, so that the choice is the same.
         kept: visual tokens behind each cut that was made.
@@ -66,6 +69,7 @@ class Pruning:
     prompt_tokens: int
     room: tuple[int, ...]
     grids: tuple[Grid, ...]
+    rasters: tuple[torch.Tensor | None, ...]
     seed: bytes
     counts: tuple[int, ...]
     held: list[torch.Tensor] = field(default_factory=list)
@@ -119,14 +123,17 @@ def plan_pruning(
         return None
     method, config = loader.prefill_method(spec.name), loader.config_of(spec, "prefill")
     reduced = any(span.segment.tokens < span.segment.raw_tokens for span in spans)
-    if not processor.prunable or (method.whole and reduced):
+    prunable = processor.prunable_of({item.kind for item in request.media})
+    if not prunable or (method.whole and reduced):
         what = (
             "needs every token of an image" if method.whole and reduced else "cannot act on this model's visual tokens"
         )
         message = f"{_FIELD}: method {method.name!r} {what}"
         raise InvalidRequestError(message, field=_FIELD)
     cuts = fitted(method.cuts(config, decoder.layers), decoder)
-    counts = tuple(span.segment.tokens for span in spans)
+    layouts = tuple(_layout(processor, request, span.segment) for span in spans)
+    around = (layout.tokens - layout.raster_tokens for layout in layouts)
+    counts = tuple(span.segment.tokens - others for span, others in zip(spans, around, strict=True))
     visual, prompt = sum(counts), request.prompt.tokens
     room = [prompt] * decoder.layers
     for cut, kept in zip(cuts, method.kept_tokens(config, decoder.layers, visual), strict=True):
@@ -140,7 +147,8 @@ def plan_pruning(
         base=spans[0].start // block_tokens * block_tokens,
         prompt_tokens=prompt,
         room=tuple(room),
-        grids=tuple(_grid(processor, request, span.segment) for span in spans),
+        grids=tuple(Grid(layout.frames, *layout.grid) for layout in layouts),
+        rasters=tuple(layout.raster for layout in layouts),
         seed=digest("prune-seed", *(media.pixel_hash for media in request.media))[:_SEED_BYTES],
         counts=counts,
     )
@@ -163,13 +171,13 @@ def fitted(cuts: Sequence[Cut], decoder: DecoderConfig) -> tuple[Cut, ...]:
     return tuple(moved)
 
 
-def _grid(processor: Processor, request: Request, segment: MediaSegment) -> Grid:
+def _layout(processor: Processor, request: Request, segment: MediaSegment) -> ImageLayout:
     item = request.media[segment.media_index]
     if item.times is None:
         layout = processor.image_layout(item.width_px, item.height_px, images=len(request.media))
     else:
         layout = processor.video_layout(item.width_px, item.height_px, item.times)
-    if layout.raster is not None:
+    if layout.raster is not None and layout.positions is not None:
         message = f"{_FIELD}: text stands between the frames of this video, which no method can leave in place yet"
         raise InvalidRequestError(message, field=_FIELD)
-    return Grid(layout.frames, *layout.grid)
+    return layout

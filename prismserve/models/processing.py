@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -274,11 +274,11 @@ class Processor:
         layout = self.video_layout(frames.shape[2], frames.shape[1], times)
         return ImageInputs(self._video_recipe.tensors(frames), layout)
 
-    @property
-    def prunable(self) -> bool:
-        """Whether visual tokens may leave between layers: they have no structure among them, and every layer sees all."""
+    def prunable_of(self, kinds: Iterable[MediaKind]) -> bool:
+        """Whether tokens of such media may leave between layers: no structure among them, and every layer sees all."""
         decoder = self._checkpoint.shape.decoder
-        return self.reducible is not None and not decoder.windows and not decoder.bidirectional_images
+        seen = not decoder.windows and not decoder.bidirectional_images
+        return seen and all(self.reducible_of(kind) is not None for kind in kinds)
 
     def preprocess(self, image: Image.Image, *, images: int = 1) -> ImageInputs:
         """Inputs of the vision encoder, as the checkpoint's own image processor gives them.

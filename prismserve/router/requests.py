@@ -254,7 +254,7 @@ class RequestBuilder:
             return without
         method, field = loader.prefill_method(plan.prefill.name), "compression.prefill"
         reason = ""
-        if not self._processor.prunable:
+        if not self._processor.prunable_of(kinds):
             reason = f"cannot act on the visual tokens of {self._facts.name!r}; leave it out"
         elif method.whole and plan.visual.name != "none":
             reason = "needs every token of an image; ask for visual method 'none' with it"

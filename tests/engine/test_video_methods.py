@@ -98,3 +98,64 @@ def test_the_question_sees_what_attention_written_out_gives(ours, depth):
     assert torch.allclose(asked(depth, "mean"), rows.mean(0), atol=1e-6)
     assert torch.allclose(asked(depth, "max"), rows.amax(0), atol=1e-6)
     assert not QuestionAttention(decoder, layout, media, None, text[:0])(depth, "mean").any()
+
+
+INSIDE = {"fastv": {"keep": 5}, "framefusion": {"cost": 0.3}, "sttm": {"spatial": 0.5}, "holitom_inner": {"keep": 5}}
+UNCHANGED = {"fastv": {"keep": 1.0}, "framefusion": {"cost": 1.0}, "sttm": {"spatial": 1.1, "temporal": 1.1}}
+
+
+def inside(name, **params):
+    method = loader.prefill_method(name)
+    return CompressionPlan(
+        visual=loader.normalise(loader.visual_method("none"), {}, "compression.visual"),
+        prefill=loader.normalise(method, params, "compression.prefill"),
+    )
+
+
+@pytest.fixture(scope="module", params=["llava_onevision", "internvl"])
+def closed(request, tmp_path_factory):
+    """A model that puts a learned token behind the last frame, or text between frames."""
+    path = tmp_path_factory.mktemp("closed")
+    SPECIMENS[request.param].save(path, 0)
+    return Ours(path)
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_what_stands_behind_the_frames_is_no_matter_to_a_prefill_method_that_keeps_all(closed, name):
+    assert answered(closed, inside(name, **UNCHANGED[name]))[0] == answered(closed, plan("none"))[0]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_prefill_method_chooses_among_the_tokens_of_the_frames_and_leaves_the_others(closed, name, monkeypatch):
+    layout = closed.processor.video_layout(70, 40, VIDEO.times)
+    assert layout.tokens > layout.raster_tokens
+    seen = []
+    chosen = loader.prefill_method(name)
+    original = type(chosen).plan
+
+    def plan_and_look(self, cut, inputs, config):
+        seen.append((inputs.tokens, inputs.places.tolist(), inputs.grids))
+        return original(self, cut, inputs, config)
+
+    monkeypatch.setattr(type(chosen), "plan", plan_and_look)
+    answered(closed, inside(name, **INSIDE[name]))
+    tokens, places, grids = seen[0]
+    assert tokens == layout.raster_tokens == sum(grid.tokens for grid in grids)
+    assert places == list(range(layout.raster_tokens))
+
+
+def test_a_prefill_method_behind_a_visual_one_sees_where_the_survivors_were(closed, monkeypatch):
+    seen = []
+    method = loader.prefill_method("fastv")
+    original = type(method).plan
+
+    def plan_and_look(self, cut, inputs, config):
+        seen.append(inputs.places.tolist())
+        return original(self, cut, inputs, config)
+
+    monkeypatch.setattr(type(method), "plan", plan_and_look)
+    both = dataclasses.replace(inside("fastv", keep=2), visual=plan("uniform", keep=5).visual)
+    _, held = answered(closed, both)
+    raster = closed.processor.video_layout(70, 40, VIDEO.times).raster.tolist()
+    assert seen == [[raster.index(at) for at in held.positions.tolist() if at in raster]]
+    assert len(seen[0]) == 5
