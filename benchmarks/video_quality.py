@@ -297,6 +297,12 @@ def methods() -> tuple[str, ...]:
     return (*controls, ORACLE, *(name for name in frames if name not in controls), *inside, *BUDGETS)
 
 
+def dear_last(chosen: Sequence[str], keeps: Sequence[int]) -> list[tuple[str, int]]:
+    """(method, keep) of every row; those that compute something for every question come last, for runs that are cut off."""
+    pairs = [(method, keep) for method, keep in cells(chosen, keeps) if method != "off"]
+    return sorted(pairs, key=lambda pair: video_plan(*pair)[2] == Share.QUERY or pair[0].startswith(INSIDE))
+
+
 def families_of(questions: Sequence[Question], off: VideoRow, least: float) -> list[Family]:
     """What is known of each family before any compression: its score, the best guess, whether it is measured on.
 
@@ -349,9 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         rows = [off.only(used)] if used else []
         write(rows, families, conditions, arguments.out)
-        for method, keep in cells(chosen, keeps) if used else ():
-            if method == "off":
-                continue
+        for method, keep in dear_last(chosen, keeps) if used else ():
             rows.append(bench.measure(method, keep))
             # Written after every row: a run may be cut off.
             write(rows, families, conditions, arguments.out)

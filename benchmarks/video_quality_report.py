@@ -147,8 +147,9 @@ def document(rows: Sequence[VideoRow], families: Sequence[Family], conditions: s
 
 
 def write(rows: Sequence[VideoRow], families: Sequence[Family], conditions: str, folder: Path) -> None:
-    """Write the page and the JSON document into ``folder``."""
+    """Write the page and the JSON document into ``folder``, large budgets first."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = sorted(rows, key=lambda row: -row.keep)
     (folder / "video_quality.md").write_text(markdown(rows, families, conditions), encoding="utf-8")
     text = json.dumps(document(rows, families, conditions), indent=1) + "\n"
     (folder / "video_quality.json").write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors import safe_open
 
 from benchmarks import video_quality
 from benchmarks.demo_accuracy import Question, Score
@@ -88,3 +89,17 @@ def test_arguments_that_make_no_sense_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         video_quality.main(arguments)
     assert "error" in capsys.readouterr().err
+
+
+def test_the_stored_weights_are_the_decoder_and_nothing_else():
+    assert video_quality.WEIGHTS.stat().st_size < 8_000_000
+    with safe_open(video_quality.WEIGHTS, "pt") as weights:
+        names = list(weights.keys())
+    assert names
+    assert all(name.startswith("model.language_model.") for name in names)
+
+
+def test_methods_that_compute_something_for_every_question_are_measured_last():
+    pairs = video_quality.dear_last(("flexselect", "random", "prefill/sttm"), (98, 24))
+    assert pairs[:2] == [("random", 98), ("random", 24)]
+    assert set(pairs[2:]) == {(name, keep) for name in ("flexselect", "prefill/sttm") for keep in (98, 24)}

@@ -3,7 +3,8 @@
 ``reference_path`` is what the rest of the package uses. The other rooms stand on their own: ``scenes`` draws
 pictures and questions, ``build`` makes an untrained model and its processor, ``forward`` is the written-out forward
 pass training runs, ``data`` packs questions, ``heads`` holds the throw-away heads, ``optimizer`` and ``stages`` train,
-``train`` is the command, ``evaluate`` and ``ablation`` measure. None of them is imported when serving.
+``train`` is the command, ``evaluate`` and ``ablation`` measure; ``clips`` and the files beside it do the same for short
+videos. None of them is imported when serving.
 """
 
 from __future__ import annotations
