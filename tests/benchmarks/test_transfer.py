@@ -103,7 +103,9 @@ def test_every_pruned_setting_is_asked_beside_its_control():
 def test_a_page_says_which_targets_were_missed():
     row = exposure.summarise(exposure.plans(LLAVA)[0], [usage(transfer_exposed_ms=20.0)])
     exposed = {"rows": exposure.document([row]), "model": "0.45 B", "measured": "At some time."}
-    text = end_to_end.page({"exposed": exposed})
+    text = end_to_end.page({"exposed": exposed | {"conditions": {"others_share": 0.1}}})
+    assert "stretched" not in text
+    assert "stretched" in end_to_end.page({"exposed": exposed | {"conditions": {"others_share": 0.8}}})
     assert "| 20 | none | 200 | 40 | 150 | 20.00 | 10.00 % |" in text
     assert "target at most 5 %, measured 10.00 %: missed." in text
     assert "Bytes for a picture" not in text
@@ -150,6 +152,7 @@ def test_a_round_measures_ours_beside_memcpy_and_raw_nixl():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_quick_run_of_whole_requests_writes_page_and_file(tmp_path, capsys):
     flags = ["--end-to-end", "--quick", "--rounds", "1", "--per-family", "1"]
     out = tmp_path / "results"
