@@ -4,8 +4,8 @@
 
 Workers are processes of their own on loopback, each prefilling and decoding, behind one router in this process. As many
 clients as workers ask at the same time: questions about shared pictures in a shuffled order, then chats of several turns.
-Every request that found at least half of its prompt cached is asked again at once under a salt of its own, which nothing
-was ever cached under: that is its cold time. Beside the rate of hits stands that of one infinite cache shared by all
+Every request that found at least half of its prompt cached is asked again at once, while nothing else runs, under a salt of
+its own, which nothing was ever cached under: that is its cold time. Beside the rate of hits stands that of one infinite cache shared by all
 without delay, computed from the keys and times of the same run. Writes ``reuse.md`` and ``reuse.json``.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.reuse.simulation import Observed, hit_rates
+from benchmarks.reuse.turns import Turns
 from benchmarks.reuse.workloads import Script, chats, shared_images
 from benchmarks.tables import markdown_table
 from benchmarks.workers import SmallCluster
@@ -79,6 +80,7 @@ class Run:
         self.observed: list[Observed] = []
         self.pairs: list[tuple[float, float]] = []
         self._salt = 0
+        self._turns = Turns()
 
     async def client(self, scripts: Iterator[Script]) -> None:
         """Ask one script after the other until there are none left."""
@@ -90,7 +92,8 @@ class Run:
     async def _ask(self, script: Script, number: int, answers: tuple[str, ...]) -> str:
         turn = script.turn(number, answers)
         prepared = await self._builder.build(turn.call())
-        answer = await self._cluster.ask(turn)
+        async with self._turns.together():
+            answer = await self._cluster.ask(turn)
         usage = answer.usage
         self.observed.append(
             Observed(
@@ -104,7 +107,9 @@ class Run:
         )
         if usage.cached_tokens >= HIT_SHARE * usage.prompt_tokens:
             self._salt += 1
-            cold = await self._cluster.ask(replace(turn, salt=f"cold-{id(self)}-{self._salt}", max_tokens=1))
+            salt = f"cold-{id(self)}-{self._salt}"
+            async with self._turns.alone():
+                cold = await self._cluster.ask(replace(turn, salt=salt, max_tokens=1))
             self.pairs.append((usage.ttft_ms, cold.usage.ttft_ms))
         return answer.text
 
@@ -188,14 +193,15 @@ def page(rows: Sequence[Row]) -> str:
     ]
     intro = (
         "The bundled model, one process a worker, as many clients as workers. A hit found at least half of its prompt "
-        "cached; its cold time is that of the same request with nothing cached, asked right after it. Targets: hit / cold "
+        "cached; its cold time is that of the same request with nothing cached, asked right after it and alone. Targets: hit / cold "
         "at most 0.3, at most 2 points behind one infinite cache that all workers share."
     )
     end = (
         f"Load average of the {os.cpu_count()} cores when it ended: {os.getloadavg()[0]:.1f}. "
         "Written by `python -m benchmarks.reuse`."
     )
-    return "\n\n".join(["# Reuse across workers", intro, markdown_table(header, cells, left=2), end]) + "\n"
+    tried = Path(__file__).with_name("tried.md").read_text(encoding="utf-8").strip()
+    return "\n\n".join(["# Reuse across workers", intro, markdown_table(header, cells, left=2), tried, end]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

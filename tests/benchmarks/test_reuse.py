@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
 from benchmarks.reuse import __main__ as reuse
 from benchmarks.reuse.simulation import Observed, hit_rates
+from benchmarks.reuse.turns import Turns
 from benchmarks.reuse.workloads import Script
 from prismserve.core.types import CompressionPlan, Prompt, Request, SamplingParams, TextSegment
 
@@ -57,3 +59,26 @@ def test_a_small_run_over_two_workers_writes_its_page(tmp_path) -> None:
     assert [row["requests"] for row in rows] == [4, 8]
     assert all(row["hit_rate"] > 0 for row in rows)
     assert "points behind" in (tmp_path / "reuse.md").read_text()
+
+
+async def test_what_is_asked_for_comparison_runs_alone() -> None:
+    turns, inside, seen = Turns(), set(), []
+
+    async def ask(name: str, *, alone: bool) -> None:
+        async with turns.alone() if alone else turns.together():
+            inside.add(name)
+            await asyncio.sleep(0.01)
+            seen.append((name, len(inside)))
+            inside.discard(name)
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(
+            ask("a", alone=False),
+            ask("b", alone=False),
+            ask("c", alone=True),
+            ask("d", alone=False),
+            ask("e", alone=True),
+        )
+    assert sorted(name for name, _ in seen) == ["a", "b", "c", "d", "e"]
+    assert {count for name, count in seen if name in "ce"} == {1}
+    assert dict(seen)["a"] == 2
