@@ -16,6 +16,8 @@ from benchmarks.tables import markdown_table
 
 TTFT_SHARE: Final = min(SHARES)
 TTFT_FASTER: Final = 2.0
+BUSY: Final = 3.0
+"""Load average above which times by the clock say more about the machine's other work."""
 _MIB: Final = 1 << 20
 
 
@@ -50,16 +52,18 @@ def page(measured: Measured, plan: Plan, where: Mapping[str, str], about: str) -
         "within a round first. *Processor time* is that of all threads of the engine, which other work on the machine hardly "
         "changes. Random weights are for speed alone and say nothing about quality."
     )
+    if max(measured.load_average) > BUSY:
+        intro += " **Other work kept the machine busy: of these figures, read the processor time.**"
     rows = [
         [item["what"], item["target"], f"{item['value']:.2f}", "met" if item["met"] else "missed"]
         for item in verdicts(measured, plan)
     ]
     alone = (
-        f"One request at a time, {len(measured.ttft_s.values[OFF])} rounds; the time runs from the call, so reading the picture and "
+        f"One request at a time, {_rounds(measured.ttft_s)}; the time runs from the call, so reading the picture and "
         "tokenizing count. *Visual tokens* are those of the last layer, *KV* is that of the prompt."
     )
     loaded = (
-        f"{plan.batch} requests at once, {plan.tokens} tokens each, {len(measured.requests_per_s.values[OFF])} rounds; *waited* is the median time "
+        f"{plan.batch} requests at once, {plan.tokens} tokens each, {_rounds(measured.requests_per_s)}; *waited* is the median time "
         "to first token among them, *peak* the most KV blocks in use."
     )
     parts = ["# What compression buys end to end", intro, "## Targets"]
@@ -192,6 +196,11 @@ def _falling(chosen: Sequence[Variant], method: str) -> list[Variant]:
 
 def _faster(measured: Measured, variant: Variant) -> list[float]:
     return [1 / ratio for ratio in measured.ttft_s.over_off(variant)]
+
+
+def _rounds(series: Series) -> str:
+    count = len(series.values[OFF])
+    return f"{count} round{'' if count == 1 else 's'}"
 
 
 def _processors(series: Series, variant: Variant) -> tuple[str, str]:

@@ -28,7 +28,7 @@ ONE_TOKEN = {"options": {"max_tokens": 1}}
 async def world(open_world: Callable[[], Any]) -> AsyncIterator[Any]:
     """One worker with room for about eight conversations over one picture each."""
     made = open_world()
-    await made.add(Role.MIXED, engine=EngineConfig(kv_cache_bytes=11 << 20, image_cache_bytes=0))
+    await made.add(Role.MIXED, engine=EngineConfig(kv_cache_bytes=11 << 20, max_model_len=1024, image_cache_bytes=0))
     await made.open_router()
     yield made
 
@@ -72,7 +72,8 @@ async def test_time_to_first_token_tells_a_tenant_nothing_of_anothers_cache(worl
 async def test_the_usage_report_tells_nothing_of_anothers_cache(world: Any) -> None:
     await ask(world, call_of(SCENE + 300, tenant=VICTIM))
     _, own = await ask(world, call_of(SCENE + 300, tenant=VICTIM))
-    _, other = await ask(world, call_of(SCENE + 300, tenant=PROBER))
+    # One that has asked nothing yet: what is cached of its own requests, were it the beginning of a chat, it may find.
+    _, other = await ask(world, call_of(SCENE + 300, tenant=Tenant("stranger", None, 0.5)))
     assert own.cached_tokens >= 192
     assert (other.cached_tokens, other.images_cached) == (0, 0)
 
