@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -164,9 +165,8 @@ class Trainer:
 
     def _step(self, share: float) -> tuple[float, Hits]:
         options, step = self.options, self.progress.step
-        factor = min(1.0, (step + 1) / options.warmup_steps) * (
-            0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(1.0, share)))
-        )
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        factor = min(1.0, (step + 1) / options.warmup_steps) * cosine
         for group in self._optimizer.param_groups:
             group["lr"] = group["base"] * factor
         rng = np.random.default_rng([step, 5])
