@@ -82,7 +82,7 @@ PRESETS: Final[Mapping[Basis, Mapping[str, Preset]]] = MappingProxyType(
             "balanced": Preset("visionzip", 0.25, "int8", 0.9, (("count", 6), ("relation", 2))),
             "turbo": Preset("visionzip", 0.125, "int8", 5.7, (("count", 27), ("position", 5))),
         },
-        # Of the others that need nothing of the encoder, salience loses 0.5, 2.0 and 9.2, divprune 1.6, 4.1 and 9.8.
+        # Of the others that need nothing of the encoder, salience loses 0.4, 2.1 and 8.9, divprune 1.6, 4.1 and 9.8.
         Basis.RASTER: {
             "off": EXACT,
             "quality": Preset("dpp", 0.5, "none", 0.4, (("count", 3), ("number", 1))),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from prismserve.compression.visual import salience
 from prismserve.compression.visual.salience import salience_of
 from tests.compression.visual.slow import best, cosine, rows, run, video
 
@@ -45,9 +46,9 @@ def slow(features, proxy, ridge=0.1):
 def test_equals_the_proxy_written_out(proxy, grid, frames, make_features):
     features = make_features(frames * grid[0] * grid[1], grid=grid, frames=frames, seed=frames)
     expected = torch.tensor(slow(features, proxy))
-    assert torch.allclose(salience_of(features, proxy, 0.1), expected, atol=1e-5)
+    assert torch.allclose(salience_of(features, proxy, 0.1, 0), expected, atol=1e-5)
     if len(expected) > 2:
-        _, indices = run("salience", features, keep=2, proxy=proxy)
+        _, indices = run("salience", features, keep=2, proxy=proxy, sketch=0)
         assert indices.tolist() == sorted(best(expected.tolist(), 2))
 
 
@@ -73,3 +74,16 @@ def test_one_patch_unlike_all_others_stands_out(make_features):
     alike[13] = torch.tensor([1.0, -1.0] * 4)
     for proxy in ("distance", "contrast", "leverage"):
         assert run("salience", dataclasses.replace(features, tokens=alike), keep=1, proxy=proxy)[1].tolist() == [13]
+
+
+def test_a_sketch_is_the_leverage_of_fewer_dimensions_and_always_the_same(make_features):
+    features = make_features(40)
+    sketched = salience.signs(8, 3)
+    assert torch.allclose(sketched.abs(), torch.tensor(3**-0.5))
+    assert sketched.unique().numel() == 2
+    narrow = dataclasses.replace(features, tokens=features.tokens @ sketched)
+    assert torch.equal(salience_of(features, "leverage", 0.1, 3), salience_of(narrow, "leverage", 0.1, 0))
+    for sketch in (0, 8, 9):
+        assert torch.equal(salience_of(features, "leverage", 0.1, sketch), salience_of(features, "leverage", 0.1, 0))
+    salience.signs.cache_clear()
+    assert torch.equal(salience.signs(8, 3), sketched)
