@@ -75,19 +75,21 @@ EXACT: Final = Preset("none", 1.0, "none")
 
 PRESETS: Final[Mapping[Basis, Mapping[str, Preset]]] = MappingProxyType(
     {
-        # prism loses 0.5, 1.0 and 4.7 at these budgets, and is 13 points ahead at half of turbo's.
+        # prism loses 0.5 and 1.0 at the first two budgets; visionzip 5.7 at the third, and 26.2 at half of it where prism
+        # loses 13.2.
         Basis.SALIENCE: {
             "off": EXACT,
             "quality": Preset("visionzip", 0.5, "none", 0.3, (("count", 1), ("relation", 1))),
             "balanced": Preset("visionzip", 0.25, "int8", 0.9, (("count", 6), ("relation", 2))),
-            "turbo": Preset("visionzip", 0.125, "int8", 5.7, (("count", 27), ("position", 5))),
+            "turbo": Preset("prism", 0.125, "int8", 4.7, (("count", 23), ("caption", 9))),
         },
-        # Of the others that need nothing of the encoder, salience loses 0.4, 2.1 and 8.9, divprune 1.6, 4.1 and 9.8.
+        # Of the others that need nothing of the encoder, salience loses 0.4 and 2.1 at the first two budgets, dpp 10.0 at the
+        # third, and divprune 1.6, 4.1 and 9.8.
         Basis.RASTER: {
             "off": EXACT,
             "quality": Preset("dpp", 0.5, "none", 0.4, (("count", 3), ("number", 1))),
             "balanced": Preset("dpp", 0.25, "int8", 2.1, (("count", 9), ("number", 5))),
-            "turbo": Preset("dpp", 0.125, "int8", 10.0, (("count", 49), ("caption", 23))),
+            "turbo": Preset("salience", 0.125, "int8", 8.9, (("count", 31), ("caption", 21))),
         },
         Basis.NOTHING: {
             "off": EXACT,

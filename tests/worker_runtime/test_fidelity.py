@@ -8,6 +8,7 @@ from types import MappingProxyType
 import pytest
 
 from prismserve.compression import presets
+from prismserve.compression.presets_table import Basis, Preset
 from prismserve.core.types import Role
 from prismserve.router.fidelity.config import FidelityConfig
 from prismserve.router.fidelity.judge import Control
@@ -27,8 +28,8 @@ SHARE = FidelityConfig(
 
 
 def set_turbo(monkeypatch, visual, keep):
-    table = {**presets._PRESETS, "turbo": (visual, (("keep", keep),), "none")}
-    monkeypatch.setattr(presets, "_PRESETS", MappingProxyType(table))
+    own = {**presets.PRESETS[Basis.SALIENCE], "turbo": Preset(visual, keep, "none")}
+    monkeypatch.setattr(presets, "PRESETS", MappingProxyType({**presets.PRESETS, Basis.SALIENCE: own}))
     presets._named.cache_clear()
 
 
