@@ -27,7 +27,7 @@ def test_the_survivors_of_a_visual_method_are_those_that_are_served(workshop, me
     assert [place for place, fate in enumerate(stage.fates) if fate == place] == served
     assert len(served) == kept_tokens(request.compression.visual, 196) == 30
     assert stage.kept + stage.merged + stage.dropped == 196
-    assert (stage.merged > 0) == (method in {"visionzip", "tome"})
+    assert (stage.merged > 0) == (method in {"visionzip", "tome", "prism"})
 
 
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "holitom_inner"])
