@@ -38,7 +38,7 @@ def test_what_presets_stand_for_on_the_served_model_is_shown(server, capsys) -> 
     server.service.status = json.dumps({"workers": [], "fidelity": {"presets": states}})
     assert run(server) == 0
     out = capsys.readouterr().out
-    for part in ("on this model", "dpp 12.5 %, int8", "10 points (count 49, caption 23)", "not measured"):
+    for part in ("on this model", "salience 12.5 %, int8", "8.9 points (count 31, caption 21)", "not measured"):
         assert part in out
 
 

@@ -86,8 +86,13 @@ def test_an_index_server_that_does_not_answer(tmp_path: Path) -> None:
 
 def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path) -> None:
     cluster = ServedCluster(ready_timeout_s=60)
-    with pytest.raises(Exception, match="before it was ready"), _interrupted(cluster):
-        pass
+    # Where this process ignores SIGINT, as a shell's background jobs do, its child would while it imports.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Exception, match="before it was ready"), _interrupted(cluster):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     shutdown = cluster.stop()
     assert not shutdown.leftovers, shutdown.leftovers.describe()
 
