@@ -42,6 +42,7 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 RAY_NAMESPACE = "prismserve"
 APP_NAME = "prismserve"
 
+_REMOVE_S = 3.0
 LOCAL_RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a single-machine cluster binds to loopback only
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -120,6 +121,8 @@ class Cluster:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
+        # From here on there may be processes of Ray, even where its start is interrupted or fails.
+        self._ray_up = True
         try:
             if self._owns_ray:
                 ray.init(
@@ -136,7 +139,6 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             message = f"Ray could not be started: {error}"
             raise ConfigurationError(message, field="ray_address") from error
-        self._ray_up = True
         from prismserve.cluster.startup import StartupBoard
 
         self._board = StartupBoard.remote()  # type: ignore[attr-defined]
@@ -226,8 +228,19 @@ class Cluster:
             self._embedded.stop()
             self._embedded = None
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            _remove(self._directory)
             self._directory = None
+
+
+def _remove(directory: Path) -> None:
+    """Delete a folder, again as long as processes that are ending still write to it."""
+    deadline = time.monotonic() + _REMOVE_S
+    while directory.exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        if time.monotonic() > deadline:
+            logger.warning("the folder %s could not be deleted", directory)
+            return
+        time.sleep(POLL_S)
 
 
 def connected_workers(address: str) -> int:

@@ -42,13 +42,17 @@ async def lease(config):
 
 async def test_a_lease_announces_what_is_held_and_what_changes(index, new_index, info, follow, eventually, lease):
     mirror = follow(new_index())
-    worker = await lease(index, info(), {key(1)})
+    # Kept up to date, since a lease that was lost announces all that is held.
+    held = {key(1)}
+    worker = await lease(index, info(), held)
     await eventually(lambda: mirror.holders(key(1)))
+    held ^= {key(1), key(2), key(3)}
     worker.changed([key(2), key(3)], [key(1)])
     await eventually(lambda: mirror.holders(key(3)))
     assert mirror.holders(key(1)) == ()
     worker.changed([key(4)], [])
     worker.changed([], [key(4)])
+    held.add(key(5))
     worker.changed([key(5)], [])
     await eventually(lambda: mirror.holders(key(5)))
     assert mirror.holders(key(4)) == ()

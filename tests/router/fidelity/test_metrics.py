@@ -20,7 +20,7 @@ def test_agreement_divergence_and_kl_are_told_by_tenant_model_method_and_preset(
     metrics = FidelityMetrics(registry, "m", 8)
     metrics.compared("", TURBO, "turbo", Comparison(None, 0.002))
     metrics.compared("", TURBO, "turbo", Comparison(3, 0.5))
-    labels = '{method="visionzip",model_name="m",preset="turbo",tenant="default"}'
+    labels = '{method="prism",model_name="m",preset="turbo",tenant="default"}'
     found = lines(registry)
     assert f"prismserve:fidelity_comparisons_total{labels} 2.0" in found
     assert f"prismserve:fidelity_agreements_total{labels} 1.0" in found
