@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismserve.cluster.checks import preflight
+from prismserve.cluster.ray_head import head_answers, pace_error_listener
 from prismserve.core.cores import visible_cores
 from prismserve.core.errors import ConfigurationError, DeadlineExceededError
 from prismserve.core.types import WorkerState
@@ -80,6 +81,7 @@ class Cluster:
         self._owns_ray = settings.ray_address is None
         self._serve_up = False
         self._index_lost = False
+        self._head = ""
         self._board: Any = None
 
     def start(self) -> Addresses:
@@ -139,6 +141,8 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             message = f"Ray could not be started: {error}"
             raise ConfigurationError(message, field="ray_address") from error
+        pace_error_listener()
+        self._head = ray.get_runtime_context().gcs_address
         from prismserve.cluster.startup import StartupBoard
 
         self._board = StartupBoard.remote()  # type: ignore[attr-defined]
@@ -221,8 +225,11 @@ class Cluster:
             self._ray_up = False
             import ray
 
-            if self._serve_up:
+            if self._serve_up and head_answers(self._head):
                 self._delete_application()
+            elif self._serve_up:
+                # Asking a dead head to delete takes until Ray gives it up, a minute; the workers end with Ray.
+                logger.warning("the Ray head at %s does not answer: the workers end without draining", self._head)
             ray.shutdown()
         if self._embedded is not None:
             self._embedded.stop()
