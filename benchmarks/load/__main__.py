@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.load_rounds,
         arguments.batch,
         arguments.tokens,
+        arguments.threads,
     )
     visual = (shape.image_px // shape.patch_px) ** 2
     model = f"A LLaVA-shaped model, {shape.layers} layers of {shape.hidden}, {visual} visual tokens an image, random weights"

@@ -29,6 +29,7 @@ class Plan:
         loaded_rounds: rounds of the latter.
         batch: requests at once.
         tokens: generated for each of them.
+        threads: of the engine.
     """
 
     alone: tuple[Variant, ...]
@@ -37,6 +38,7 @@ class Plan:
     loaded_rounds: int
     batch: int
     tokens: int
+    threads: int = 1
 
 
 @dataclass(slots=True)

@@ -16,8 +16,8 @@ from benchmarks.tables import markdown_table
 
 TTFT_SHARE: Final = min(SHARES)
 TTFT_FASTER: Final = 2.0
-BUSY: Final = 3.0
-"""Load average above which times by the clock say more about the machine's other work."""
+CORES_SHARE: Final = 0.85
+"""Share of the cores it may use that an undisturbed engine gets; below it, times by the clock tell of other work."""
 _MIB: Final = 1 << 20
 
 
@@ -41,6 +41,18 @@ def verdicts(measured: Measured, plan: Plan) -> list[dict[str, Any]]:
     return found
 
 
+def disturbed(measured: Measured, plan: Plan) -> bool:
+    """Whether other work kept the engine from its cores; False where other processes answer, whose time is not known.
+
+    The load average would count the engine itself.
+    """
+    shares = [
+        cpu_s / wall_s / plan.threads
+        for cpu_s, wall_s in zip(measured.ttft_cpu_s.values[OFF], measured.ttft_s.values[OFF], strict=False)
+    ]
+    return bool(shares) and 0.0 < statistics.median(shares) < CORES_SHARE
+
+
 def page(measured: Measured, plan: Plan, where: Mapping[str, str], about: str) -> str:
     """The Markdown page."""
     loads = ", ".join(f"{load:.1f}" for load in measured.load_average)
@@ -52,7 +64,7 @@ def page(measured: Measured, plan: Plan, where: Mapping[str, str], about: str) -
         "within a round first. *Processor time* is that of all threads of the engine, which other work on the machine hardly "
         "changes. Random weights are for speed alone and say nothing about quality."
     )
-    if max(measured.load_average) > BUSY:
+    if disturbed(measured, plan):
         intro += " **Other work kept the machine busy: of these figures, read the processor time.**"
     rows = [
         [item["what"], item["target"], f"{item['value']:.2f}", "met" if item["met"] else "missed"]

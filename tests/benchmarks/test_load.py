@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.load import __main__ as load
 from benchmarks.load.measure import Measured, Plan, turned
-from benchmarks.load.report import verdicts
+from benchmarks.load.report import disturbed, verdicts
 from benchmarks.load.work import OFF, Variant, draw, variants
 
 METHODS = variants(["prism", "prefill/pyramiddrop"])
@@ -34,6 +35,15 @@ def test_the_time_to_first_token_is_judged_within_a_round():
     assert (found["what"], found["value"], found["met"]) == ("prism 12.5 %", 3.0, True)
     (missed, _) = verdicts(measured({OFF: (8.0, 2.0), EIGHTH: (8.0, 1.0)}, {}), plan())
     assert (missed["value"], missed["met"]) == (1.5, False)
+
+
+def test_an_engine_that_does_not_get_its_cores_is_told_from_one_that_uses_them():
+    result = measured({OFF: (2.0, 2.0)}, {})
+    assert not disturbed(result, replace(plan(), threads=2))
+    result.ttft_cpu_s.values[OFF] = [3.9, 3.8]
+    assert not disturbed(result, replace(plan(), threads=2))
+    result.ttft_cpu_s.values[OFF] = [2.1, 2.0]
+    assert disturbed(result, replace(plan(), threads=2))
 
 
 def test_throughput_that_falls_at_one_step_misses_its_target():
