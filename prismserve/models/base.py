@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NEED_CLS_ATTENTION = "cls_attention"
 NEED_ENCODER_KEYS = "encoder_keys"
+NEED_UNPOOLED = "unpooled_frames"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,8 @@ class EncodedImage:
             attention each token receives. None unless asked for.
         keys: [N, H, d] keys of that layer. None unless asked for.
         deepstack: [n, N, D], what is added to the tokens after each of the decoder's first n layers, or None.
+        unpooled: of a video, [T, P, D] decoder embeddings of the patches of each frame before frames are pooled to their
+            grid. None unless asked for.
     """
 
     tokens: torch.Tensor
@@ -95,6 +98,7 @@ class EncodedImage:
     cls_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     deepstack: torch.Tensor | None = None
+    unpooled: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +131,8 @@ class VideoShape:
     """How a family turns videos into tokens.
 
     Attributes:
-        reducible: what a method that reduces the tokens standing in frames may ask of the encoder; see
-            :class:`ImageShape`.
+        reducible: what a method that reduces the tokens standing in frames may ask of the encoder (of one that pools
+            frames, ``unpooled_frames``); see :class:`ImageShape`.
     """
 
     reducible: frozenset[str] | None = None
@@ -180,7 +184,7 @@ class VisionLanguageModel(Protocol):
 
         Args:
             images: what ``Processor.preprocess`` or ``preprocess_video`` returned; none is affected by the others.
-            needs: of ``cls_attention`` and ``encoder_keys``, what to compute beside the tokens.
+            needs: of ``cls_attention``, ``encoder_keys`` and ``unpooled_frames``, what to compute beside the tokens.
 
         Raises:
             EngineError: the model takes no images, or cannot give what is needed.

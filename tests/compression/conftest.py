@@ -51,6 +51,8 @@ def make_features() -> MakeFeatures:
             aligned=torch.randn(count, 6, generator=generator).to(dtype),
             aligned_text=torch.randn(1 + question, 6, generator=asked).to(dtype),
             selected=Attention(count, 3 + question),
+            unpooled=torch.randn(frames, 2 * count // frames, 10, generator=generator).to(dtype),
+            coded=lambda places, codes: codes + places.float().mean(),
         )
 
     return make
