@@ -53,6 +53,9 @@ Asked: TypeAlias = Callable[[float, Reduction], "torch.Tensor"]
 Coded: TypeAlias = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 """See ``VisualFeatures.coded``."""
 
+Guided: TypeAlias = Callable[["torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
+"""See ``VisualFeatures.guided``."""
+
 
 class Need(enum.StrEnum):
     """What the engine must provide beside the tokens themselves."""
@@ -66,9 +69,11 @@ class Need(enum.StrEnum):
     SELECTOR = "token_selector"
     UNPOOLED = "unpooled_frames"
     CODE_ATTENTION = "vqtoken"
+    CLASS_TOKEN = "class_token"  # noqa: S105 - of an image
+    CONTEXT = "llamavid"
 
 
-BESIDE_THE_MODEL: Final = frozenset({Need.TEXT_TOWER, Need.SELECTOR, Need.CODE_ATTENTION})
+BESIDE_THE_MODEL: Final = frozenset({Need.TEXT_TOWER, Need.SELECTOR, Need.CODE_ATTENTION, Need.CONTEXT})
 """What has weights of its own, in a folder of that name in the model's directory."""
 
 FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION})
@@ -103,6 +108,10 @@ class VisualFeatures:
             ``grid``; None unless asked for.
         coded: the trained attention over codes beside the model: takes a map of codes [T, P] int64 and the codes [K, D]
             float32, T at most K, and gives K decoder inputs, [K, D] float32. None unless asked for.
+        class_token: [T, C], what the encoder gives of each frame beside its patches; None unless asked for.
+        guided: what the scoring text finds in T frames, by the trained branch beside the model: takes patches [T, n, C] and
+            class tokens [T, C], float32, and gives how much each patch counts, [T, n] of sum 1, and a decoder input for each
+            frame, [T, D]. None unless asked for.
     """
 
     tokens: torch.Tensor
@@ -119,6 +128,8 @@ class VisualFeatures:
     selected: Asked | None = None
     unpooled: torch.Tensor | None = None
     coded: Coded | None = None
+    class_token: torch.Tensor | None = None
+    guided: Guided | None = None
 
 
 @dataclass(frozen=True, slots=True)

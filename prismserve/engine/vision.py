@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import NO_LABEL, VisualTokens
 from prismserve.engine.questioning import QuestionAttention
 from prismserve.models.code_attention import CodeAttention
+from prismserve.models.context_branch import ContextBranch
 from prismserve.models.text_tower import TextTower
 from prismserve.models.token_selector import TokenSelector
 
@@ -59,6 +61,10 @@ class VisionPipeline:
         if processor.code_attention is not None:
             patches, width = processor.frame_patches, model.decoder.config.hidden_size
             self._codes = CodeAttention(processor.code_attention, patches, width, model.device)
+        self._context = None
+        if processor.context_branch is not None:
+            width = model.decoder.config.hidden_size
+            self._context = ContextBranch(processor.context_branch, width, model.device)
         self.encoded = 0
 
     def inputs(self, media: Sequence[MediaInput], index: int) -> ImageInputs:
@@ -201,6 +207,9 @@ class VisionPipeline:
         selected = None
         if self._selector is not None and Need.SELECTOR in needs:
             selected = self._selected(self._selector, image.tokens, layout, scoring_token_ids)
+        guided = None
+        if self._context is not None and Need.CONTEXT in needs:
+            guided = functools.partial(self._context.guide, self._processor.decode(scoring_token_ids))
         return VisualFeatures(
             tokens=visible,
             grid=image.grid,
@@ -216,6 +225,8 @@ class VisionPipeline:
             selected=selected,
             unpooled=image.unpooled,
             coded=self._codes if Need.CODE_ATTENTION in needs else None,
+            class_token=None if image.class_token is None else image.class_token[None],
+            guided=guided,
         )
 
     def _selected(

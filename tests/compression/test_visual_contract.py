@@ -25,7 +25,7 @@ def test_the_folder_holds_the_methods_the_presets_and_benchmarks_name():
     controls = {"none", "random", "uniform", "pool", "cls_topk"}
     image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome", "trim", "prism", "salience"}
     video = {"chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "vqtoken", "flexselect"}
-    trained = {"flexselect_lite", "vqtoken_attention"}
+    trained = {"flexselect_lite", "llamavid_context", "vqtoken_attention"}
     assert controls | image | video | trained <= set(METHODS)
     assert set(EVERY) - set(METHODS) == {"langdc"}
     assert {name for name in METHODS if not loader.visual_method(name).training_free} == trained
@@ -135,7 +135,7 @@ def test_features_without_direction_are_survived(name, make_features):
 def test_a_missing_need_is_named(name, make_features):
     method, features = loader.visual_method(name), make_features(50)
     fields = ("cls_attention", "keys", "projected", "text", "asked", "aligned", "aligned_text", "selected")
-    bare = dataclasses.replace(features, **dict.fromkeys((*fields, "unpooled", "coded")))
+    bare = dataclasses.replace(features, **dict.fromkeys((*fields, "unpooled", "coded", "class_token", "guided")))
     with pytest.raises(EngineError, match=name) as caught:
         apply_visual(bare, spec_of(name))
     assert all(need.value in str(caught.value) or need is Need.ENCODER_KEYS for need in method.needs)
@@ -163,6 +163,8 @@ def test_a_method_uses_only_what_it_needs(name, make_features):
         "selected": Need.SELECTOR,
         "unpooled": Need.UNPOOLED,
         "coded": Need.CODE_ATTENTION,
+        "class_token": Need.CLASS_TOKEN,
+        "guided": Need.CONTEXT,
     }
     unasked = {field: None for field, need in given.items() if need not in method.needs}
     bare = dataclasses.replace(features, **unasked)

@@ -20,6 +20,8 @@ _FIELDS: Final = {
     Need.SELECTOR: "selected",
     Need.UNPOOLED: "unpooled",
     Need.CODE_ATTENTION: "coded",
+    Need.CLASS_TOKEN: "class_token",
+    Need.CONTEXT: "guided",
 }
 
 
