@@ -15,6 +15,7 @@ from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.types import CompressionPlan, MediaKind
 from prismserve.engine.config import EngineConfig
 from prismserve.engine.engine import Engine
+from prismserve.engine.explaining import explain
 from prismserve.models.code_attention import CodeAttention
 from tests.models.matching import Case, Ours, clip
 from tests.models.zoo import SPECIMENS
@@ -223,6 +224,14 @@ def test_the_decoder_reads_what_the_attention_makes_of_the_unpooled_frames(besid
     assert torch.equal(held.embeds[8], encoded.tokens[-1]), "the closing token stays"
     ((_, _, again),) = answered(Ours(beside), plan(keep=8), [VIDEO], "Read the longer word in it.")
     assert torch.equal(held.embeds, again.embeds)
+
+
+def test_an_explanation_draws_each_frame_as_merged_into_its_token(beside):
+    ours = Ours(beside)
+    request = ours.request("r", Case("What moves?", videos=(VIDEO,)), 1, plan(keep=8))
+    (stage,) = explain(engine_of(ours), request).stages
+    assert (stage.kept, stage.merged, stage.dropped) == (8, 12, 0)
+    assert stage.fates[:12] == (12, 12, 12, 12, 13, 13, 13, 13, 14, 14, 14, 14)
 
 
 def test_watching_the_projector_changes_nothing_of_what_the_model_gives(beside):

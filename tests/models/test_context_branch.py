@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -19,13 +20,17 @@ from prismserve.cluster.commands.methods import listed
 from prismserve.compression.loader import normalise, visual_method
 from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.prompt import image_key
-from prismserve.core.types import MediaInput
+from prismserve.core.types import CompressionPlan, MediaInput, TextSegment
+from prismserve.engine.config import EngineConfig
+from prismserve.engine.engine import Engine
+from prismserve.engine.explaining import explain
 from prismserve.engine.image_cache import ImageCache
 from prismserve.engine.vision import VisionPipeline
 from prismserve.models.context_branch import ContextBranch
 from prismserve.models.loader import load_model
 from prismserve.models.processing import Processor
-from tests.models.matching import picture
+from tests.models.dense_backend import DenseBackend
+from tests.models.matching import Case, Ours, picture
 from tests.models.small import randomise
 from tests.models.zoo import SPECIMENS, VISION
 
@@ -290,6 +295,38 @@ def test_an_image_is_a_context_token_and_content_tokens(beside, grid):
     assert torch.allclose(visual.embeds[1:], content, atol=1e-5)
     kept = 1 + grid * grid
     assert visual.positions.tolist() == list(range(16 - kept, 16)), "next to each other and to the text"
+
+
+def test_the_decoder_reads_them_right_before_the_question(beside):
+    ours, question = Ours(beside), "What is the color of the sky?"
+    plan = CompressionPlan(visual=normalise(visual_method("llamavid_context"), {}, "compression.visual"))
+    request = ours.request("r", Case(question, (picture(1, 70, 40),)), 3, plan)
+    scoring = tuple(ours.processor.encode_text(question))
+    tokens = ours.run([dataclasses.replace(request, scoring_token_ids=scoring)])["r"]
+    decoder, (before, media, after) = ours.model.decoder, request.prompt.segments
+    assert isinstance(before, TextSegment)
+    assert (media.tokens, media.raw_tokens) == (2, 16)
+    ids = torch.tensor([*before.token_ids, *after.token_ids, *tokens[:-1]])
+    text = decoder.embed(ids)
+    first = len(before.token_ids)
+    x = torch.cat((text[:first], seen(beside, question)[0].embeds, text[first:]))
+    rotary = decoder.rotary(torch.tensor([*range(first), *range(first + 14, len(x) + 14)]))
+    backend = DenseBackend(decoder.config.layers, decoder.config.head_dim**-0.5)
+    for layer in range(decoder.config.layers):
+        x = decoder.layer(layer, x, rotary, backend)
+    expected = decoder.logits(x)[-3:]
+    assert torch.allclose(torch.stack(ours.logits["r"]), expected, atol=1e-4)
+    assert expected.argmax(1).tolist() == tokens
+
+
+def test_an_explanation_says_what_each_patch_went_into(beside):
+    ours = Ours(beside)
+    plan = CompressionPlan(visual=normalise(visual_method("llamavid_context"), {"keep": 5}, "compression.visual"))
+    request = ours.request("r", Case("What is it?", (picture(1, 70, 40),)), 1, plan)
+    engine = Engine(ours.model, ours.processor, EngineConfig(kv_cache_bytes=32 << 20, max_model_len=1024))
+    (stage,) = explain(engine, dataclasses.replace(request, scoring_token_ids=(5, 9))).stages
+    assert (stage.kept, stage.merged, stage.dropped) == (5, 11, 0)
+    assert set(stage.fates) <= set(range(11, 16))
 
 
 def test_only_the_context_token_depends_on_the_question(beside):
