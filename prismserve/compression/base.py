@@ -50,6 +50,12 @@ Reduction: TypeAlias = Literal["mean", "max"]
 Asked: TypeAlias = Callable[[float, Reduction], "torch.Tensor"]
 """See ``VisualFeatures.asked``."""
 
+Coded: TypeAlias = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""See ``VisualFeatures.coded``."""
+
+Guided: TypeAlias = Callable[["torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
+"""See ``VisualFeatures.guided``."""
+
 
 class Need(enum.StrEnum):
     """What the engine must provide beside the tokens themselves."""
@@ -61,9 +67,13 @@ class Need(enum.StrEnum):
     TEXT_EMBEDDINGS = "text_embeddings"
     QUESTION_ATTENTION = "question_attention"
     SELECTOR = "token_selector"
+    UNPOOLED = "unpooled_frames"
+    CODE_ATTENTION = "vqtoken"
+    CLASS_TOKEN = "class_token"  # noqa: S105 - of an image
+    CONTEXT = "llamavid"
 
 
-BESIDE_THE_MODEL: Final = frozenset({Need.TEXT_TOWER, Need.SELECTOR})
+BESIDE_THE_MODEL: Final = frozenset({Need.TEXT_TOWER, Need.SELECTOR, Need.CODE_ATTENTION, Need.CONTEXT})
 """What has weights of its own, in a folder of that name in the model's directory."""
 
 FROM_ANY_MODEL: Final = frozenset({Need.PROJECTED, Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION})
@@ -94,6 +104,14 @@ class VisualFeatures:
         aligned_text: [S, P] segments of the scoring text in that space; None unless asked for.
         selected: as ``asked``, but of the last layer of the trained selector beside the model, whatever depth is named; None
             unless asked for.
+        unpooled: of a video, [T, P, D] decoder embeddings of the patches of each frame, before the model pools them to
+            ``grid``; None unless asked for.
+        coded: the trained attention over codes beside the model: takes a map of codes [T, P] int64 and the codes [K, D]
+            float32, T at most K, and gives K decoder inputs, [K, D] float32. None unless asked for.
+        class_token: [T, C], what the encoder gives of each frame beside its patches; None unless asked for.
+        guided: what the scoring text finds in T frames, by the trained branch beside the model: takes patches [T, n, C] and
+            class tokens [T, C], float32, and gives how much each patch counts, [T, n] of sum 1, and a decoder input for each
+            frame, [T, D]. None unless asked for.
     """
 
     tokens: torch.Tensor
@@ -108,6 +126,23 @@ class VisualFeatures:
     aligned: torch.Tensor | None = None
     aligned_text: torch.Tensor | None = None
     selected: Asked | None = None
+    unpooled: torch.Tensor | None = None
+    coded: Coded | None = None
+    class_token: torch.Tensor | None = None
+    guided: Guided | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Decoder inputs that come out of trained weights beside the model, not out of its own projector.
+
+    Attributes:
+        rows: [m] int64, ascending, places in ``VisualPlan.indices``.
+        embeds: [m, D] float32.
+    """
+
+    rows: torch.Tensor
+    embeds: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +154,14 @@ class VisualPlan:
         weights: None, or [k, N] float32; survivor i becomes ``weights[i] @ tokens``.
         order: of a ``nested`` method that merges nothing, [k] int64, places in ``indices``, the first to keep first: a
             budget of m keeps the first m of them. None if that is not said.
+        written: survivors whose decoder inputs the method gives itself; ``weights`` then only says what they were made
+            from. None if there are none.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    written: Written | None = None
 
     @classmethod
     def in_order(cls, chosen: torch.Tensor) -> VisualPlan:

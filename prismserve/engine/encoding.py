@@ -122,7 +122,10 @@ class ImageStage:
                 [job.label for job in jobs],
             )
         except PrismServeError as error:
-            return [(taker, error) for job in jobs for taker in job.takers]
+            if len(jobs) > 1:
+                # What one image or video cannot be given is no reason to refuse those it happened to wait with.
+                return [failure for job in jobs for failure in self._encode(spec, [job])]
+            return [(taker, error) for taker in jobs[0].takers]
         self.token_s.add((self._clock() - started) / max(1, sum(visual.raw_tokens for visual in results)))
         for job, visual in zip(jobs, results, strict=True):
             for taker in job.takers:

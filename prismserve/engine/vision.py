@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 from typing import TYPE_CHECKING
@@ -18,13 +19,15 @@ from prismserve.core.errors import EngineError, InvalidRequestError
 from prismserve.core.types import MediaKind
 from prismserve.engine.image_cache import NO_LABEL, VisualTokens
 from prismserve.engine.questioning import QuestionAttention
+from prismserve.models.code_attention import CodeAttention
+from prismserve.models.context_branch import ContextBranch
 from prismserve.models.text_tower import TextTower
 from prismserve.models.token_selector import TokenSelector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prismserve.compression.base import Asked, VisualPlan
+    from prismserve.compression.base import Asked, VisualPlan, Written
     from prismserve.core.types import MediaInput, MethodSpec
     from prismserve.engine.image_cache import ImageCache, ImageLabel
     from prismserve.models.base import EncodedImage, ImageInputs, ImageLayout, VisionLanguageModel
@@ -44,7 +47,7 @@ class VisionPipeline:
         """Encode with ``model``; results are shared through ``cache``.
 
         Raises:
-            ModelLoadError: the checkpoint's text tower or token selector cannot be loaded.
+            ModelLoadError: weights that lie beside the checkpoint's own cannot be loaded.
         """
         self._model = model
         self._processor = processor
@@ -54,6 +57,14 @@ class VisionPipeline:
         if processor.token_selector is not None:
             vocabulary = len(processor.tokenizer)
             self._selector = TokenSelector(processor.token_selector, vocabulary, model.device, model.decoder.dtype)
+        self._codes = None
+        if processor.code_attention is not None:
+            patches, width = processor.frame_patches, model.decoder.config.hidden_size
+            self._codes = CodeAttention(processor.code_attention, patches, width, model.device)
+        self._context = None
+        if processor.context_branch is not None:
+            width = model.decoder.config.hidden_size
+            self._context = ContextBranch(processor.context_branch, width, model.device)
         self.encoded = 0
 
     def inputs(self, media: Sequence[MediaInput], index: int) -> ImageInputs:
@@ -196,6 +207,9 @@ class VisionPipeline:
         selected = None
         if self._selector is not None and Need.SELECTOR in needs:
             selected = self._selected(self._selector, image.tokens, layout, scoring_token_ids)
+        guided = None
+        if self._context is not None and Need.CONTEXT in needs:
+            guided = functools.partial(self._context.guide, self._processor.decode(scoring_token_ids))
         return VisualFeatures(
             tokens=visible,
             grid=image.grid,
@@ -209,6 +223,10 @@ class VisionPipeline:
             aligned=aligned,
             aligned_text=aligned_text,
             selected=selected,
+            unpooled=image.unpooled,
+            coded=self._codes if Need.CODE_ATTENTION in needs else None,
+            class_token=None if image.class_token is None else image.class_token[None],
+            guided=guided,
         )
 
     def _selected(
@@ -234,13 +252,23 @@ class VisionPipeline:
             if features.projected is not None and plan.weights is None:
                 # The method has looked at every token's projection: no need to project the survivors again.
                 return features.projected[plan.indices], plan.indices, order
-            return self._model.project(carry_out(features.tokens, plan)), plan.indices, order
+            embeds = self._model.project(carry_out(features.tokens, plan))
+            return _overwritten(embeds, plan.written), plan.indices, order
         raster = layout.raster.to(image.tokens.device)
         kept = torch.ones(layout.tokens, dtype=torch.bool, device=raster.device)
         kept[raster] = False
         kept[raster[plan.indices]] = True
         whole = image.tokens.index_copy(0, raster[plan.indices], carry_out(features.tokens, plan))
-        return self._model.project(whole[kept]), kept.nonzero()[:, 0], None
+        embeds, slots = self._model.project(whole[kept]), kept.nonzero()[:, 0]
+        return _overwritten(embeds, plan.written, torch.searchsorted(slots, raster[plan.indices])), slots, None
+
+
+def _overwritten(embeds: torch.Tensor, written: Written | None, places: torch.Tensor | None = None) -> torch.Tensor:
+    """Decoder inputs [n, D] with what a method has written itself, where its survivors stand: ``places``, or all rows."""
+    if written is None:
+        return embeds
+    rows = written.rows if places is None else places[written.rows]
+    return embeds.index_copy(0, rows, written.embeds.to(embeds))
 
 
 def _rows(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:

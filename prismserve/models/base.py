@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 NEED_CLS_ATTENTION = "cls_attention"
 NEED_ENCODER_KEYS = "encoder_keys"
+NEED_UNPOOLED = "unpooled_frames"
+NEED_CLASS_TOKEN = "class_token"  # noqa: S105 - of an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,9 @@ class EncodedImage:
             attention each token receives. None unless asked for.
         keys: [N, H, d] keys of that layer. None unless asked for.
         deepstack: [n, N, D], what is added to the tokens after each of the decoder's first n layers, or None.
+        class_token: [C], the class token beside the tokens, of an encoder that leaves it out. None unless asked for.
+        unpooled: of a video, [T, P, D] decoder embeddings of the patches of each frame before frames are pooled to their
+            grid. None unless asked for.
     """
 
     tokens: torch.Tensor
@@ -95,6 +100,8 @@ class EncodedImage:
     cls_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     deepstack: torch.Tensor | None = None
+    class_token: torch.Tensor | None = None
+    unpooled: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ class ImageShape:
         width_px: as ``height_px``.
         grid: (rows, columns) of the tokens of such an image.
         reducible: what a method that reduces visual tokens may ask of the encoder (``cls_attention``,
-            ``encoder_keys``); None where no method may act, because tokens have structure among them that would break.
+            ``encoder_keys``, ``class_token``); None where no method may act, because tokens have structure among them that would break.
     """
 
     image_token_id: int
@@ -127,8 +134,8 @@ class VideoShape:
     """How a family turns videos into tokens.
 
     Attributes:
-        reducible: what a method that reduces the tokens standing in frames may ask of the encoder; see
-            :class:`ImageShape`.
+        reducible: what a method that reduces the tokens standing in frames may ask of the encoder (of one that pools
+            frames, ``unpooled_frames``); see :class:`ImageShape`.
     """
 
     reducible: frozenset[str] | None = None
@@ -180,7 +187,8 @@ class VisionLanguageModel(Protocol):
 
         Args:
             images: what ``Processor.preprocess`` or ``preprocess_video`` returned; none is affected by the others.
-            needs: of ``cls_attention`` and ``encoder_keys``, what to compute beside the tokens.
+            needs: of ``cls_attention``, ``encoder_keys``, ``class_token`` and ``unpooled_frames``, what to compute beside
+                the tokens.
 
         Raises:
             EngineError: the model takes no images, or cannot give what is needed.

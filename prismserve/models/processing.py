@@ -15,8 +15,10 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from prismserve.core.errors import InvalidRequestError, ModelLoadError
 from prismserve.core.hashing import canonical_json, digest
 from prismserve.core.types import MediaKind
-from prismserve.models.base import NEED_CLS_ATTENTION, ImageInputs, VideoFamily
+from prismserve.models.base import NEED_CLASS_TOKEN, NEED_CLS_ATTENTION, NEED_UNPOOLED, ImageInputs, VideoFamily
 from prismserve.models.checkpoint import read_checkpoint, read_json
+from prismserve.models.code_attention import NEED_CODE_ATTENTION, code_attention_directory
+from prismserve.models.context_branch import NEED_CONTEXT, context_branch_directory
 from prismserve.models.detokenizer import IncrementalDetokenizer
 from prismserve.models.images import CheckpointTools
 from prismserve.models.placing import Framed, ImageSlot, MediaSlot, VideoSlot, place, slotted
@@ -67,6 +69,8 @@ class Processor:
             with them.
         text_tower: folder of the text tower beside the model, if it has one that fits its encoder.
         token_selector: likewise of FlexSelect's selector.
+        code_attention: folder of VQToken's attention, if the model pools the frames of a video.
+        context_branch: folder of LLaMA-VID's branch, if the encoder is of the kind it was trained with.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: TokenizersBackend) -> None:
@@ -88,6 +92,10 @@ class Processor:
         native = self._image is not None and NEED_CLS_ATTENTION in (self._image.reducible or ())
         self.text_tower = text_tower_directory(checkpoint.directory) if native else None
         self.token_selector = token_selector_directory(checkpoint.directory) if native else None
+        pools = self._video is not None and NEED_UNPOOLED in (self._video.reducible or ())
+        self.code_attention = code_attention_directory(checkpoint.directory) if pools else None
+        classed = self._image is not None and NEED_CLASS_TOKEN in (self._image.reducible or ())
+        self.context_branch = context_branch_directory(checkpoint.directory) if classed else None
         self.fingerprint = self._fingerprint()
 
     @classmethod
@@ -129,7 +137,8 @@ class Processor:
         directory = self._checkpoint.directory
         files = {name: read_json(directory / name) for name in _IMAGE_FILES if (directory / name).is_file()}
         size = [self._image.height_px, self._image.width_px, *self._image.grid]
-        beside = [folder_fingerprint(folder) for folder in (self.text_tower, self.token_selector) if folder is not None]
+        folders = (self.text_tower, self.token_selector, self.code_attention, self.context_branch)
+        beside = [folder_fingerprint(folder) for folder in folders if folder is not None]
         return digest("processor", canonical_json(files), canonical_json(size), *beside)
 
     @functools.cached_property
@@ -212,8 +221,23 @@ class Processor:
     @property
     def beside(self) -> frozenset[str]:
         """What methods may ask of further weights, which lie in folders beside the model's and are loaded with it."""
-        folders = {NEED_TEXT_TOWER: self.text_tower, NEED_SELECTOR: self.token_selector}
+        return self._beside_of(MediaKind.IMAGE) | self._beside_of(MediaKind.VIDEO)
+
+    def _beside_of(self, kind: MediaKind) -> frozenset[str]:
+        """Those that read images, or videos."""
+        folders = {
+            NEED_TEXT_TOWER: self.text_tower,
+            NEED_SELECTOR: self.token_selector,
+            NEED_CONTEXT: self.context_branch,
+        }
+        if kind is MediaKind.VIDEO:
+            folders = {NEED_CODE_ATTENTION: self.code_attention}
         return frozenset(need for need, folder in folders.items() if folder is not None)
+
+    @property
+    def frame_patches(self) -> int:
+        """Patches of one frame of a video before the model pools it; 0 for a model that sees nothing."""
+        return self._image.tokens if self._image else 0
 
     @property
     def family_name(self) -> str:
@@ -227,10 +251,9 @@ class Processor:
 
     def reducible_of(self, kind: MediaKind) -> frozenset[str] | None:
         """The same for images or videos."""
-        if kind is MediaKind.VIDEO:
-            return self._video.reducible if self._video else None
-        own = self._image.reducible if self._image else None
-        return None if own is None else own | self.beside
+        shape = self._video if kind is MediaKind.VIDEO else self._image
+        own = shape.reducible if shape else None
+        return None if own is None else own | self._beside_of(kind)
 
     def video_layout(self, width_px: int, height_px: int, times: FrameTimes) -> ImageLayout:
         """What a video takes up in the decoder, before compression.

@@ -23,6 +23,18 @@ class Attention:
         return torch.rand(self._tokens, generator=torch.Generator().manual_seed(seed))
 
 
+class Guide:
+    """What a branch might answer to ``VisualFeatures.guided``."""
+
+    def __init__(self, question: int) -> None:
+        self._question = question
+
+    def __call__(self, patches: torch.Tensor, class_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self._question)
+        scores = torch.rand(patches.shape[:2], generator=generator)
+        return (scores + class_tokens.mean()).softmax(-1), torch.rand(len(patches), 10, generator=generator)
+
+
 @pytest.fixture
 def make_features() -> MakeFeatures:
     def make(
@@ -51,6 +63,10 @@ def make_features() -> MakeFeatures:
             aligned=torch.randn(count, 6, generator=generator).to(dtype),
             aligned_text=torch.randn(1 + question, 6, generator=asked).to(dtype),
             selected=Attention(count, 3 + question),
+            unpooled=torch.randn(frames, 2 * count // frames, 10, generator=generator).to(dtype),
+            coded=lambda places, codes: codes + places.float().mean(),
+            class_token=torch.randn(frames, 8, generator=generator).to(dtype),
+            guided=Guide(question),
         )
 
     return make

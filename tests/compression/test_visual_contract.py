@@ -25,9 +25,10 @@ def test_the_folder_holds_the_methods_the_presets_and_benchmarks_name():
     controls = {"none", "random", "uniform", "pool", "cls_topk"}
     image = {"visionzip", "divprune", "dpp", "cdpruner", "prumerge", "vispruner", "tome", "trim", "prism", "salience"}
     video = {"chatunivi", "llamavid", "holitom", "fastvid", "dycoke", "dynamicvlm", "longvu", "vqtoken", "flexselect"}
-    assert controls | image | video <= set(METHODS)
+    trained = {"flexselect_lite", "llamavid_context", "vqtoken_attention"}
+    assert controls | image | video | trained <= set(METHODS)
     assert set(EVERY) - set(METHODS) == {"langdc"}
-    assert {name for name in METHODS if not loader.visual_method(name).training_free} == {"flexselect_lite"}
+    assert {name for name in METHODS if not loader.visual_method(name).training_free} == trained
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -41,7 +42,8 @@ def test_declarations_are_complete_and_the_name_is_the_file(name):
     assert method.section
     assert bool(method.source) == (method.section != "control")
     assert isinstance(method.training_free, bool)
-    asks = bool({Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION, *BESIDE_THE_MODEL} & method.needs)
+    asking = {Need.TEXT_EMBEDDINGS, Need.QUESTION_ATTENTION, *BESIDE_THE_MODEL} - {Need.CODE_ATTENTION}
+    asks = bool(asking & method.needs)
     assert method.share is (Share.QUERY if asks else Share.AGNOSTIC)
     assert method.Config.model_config["frozen"]
 
@@ -107,6 +109,10 @@ def test_any_grid_is_taken(name, grid, make_features):
 def test_the_frames_of_a_video_share_one_budget(name, frames, grid, keep, make_features):
     count = frames * grid[0] * grid[1]
     spec = spec_of(name, **({} if name == "none" else {"keep": keep}))
+    if name == "vqtoken_attention" and keep < frames:
+        with pytest.raises(InvalidRequestError, match="fewer than the 2 frames"):
+            apply_visual(make_features(count, grid=grid, frames=frames), spec)
+        return
     tokens, indices = apply_visual(make_features(count, grid=grid, frames=frames), spec)
     assert len(tokens) == len(indices) == loader.kept_tokens(spec, count)
     assert (indices.diff() > 0).all()
@@ -118,7 +124,7 @@ def test_features_without_direction_are_survived(name, make_features):
     features = make_features(30)
     zeros = {
         field: torch.zeros_like(getattr(features, field))
-        for field in ("tokens", "cls_attention", "keys", "projected", "text", "aligned", "aligned_text")
+        for field in ("tokens", "cls_attention", "keys", "projected", "text", "aligned", "aligned_text", "unpooled")
     }
     tokens, indices = apply_visual(dataclasses.replace(features, **zeros), spec_of(name))
     assert tokens.isfinite().all()
@@ -129,7 +135,7 @@ def test_features_without_direction_are_survived(name, make_features):
 def test_a_missing_need_is_named(name, make_features):
     method, features = loader.visual_method(name), make_features(50)
     fields = ("cls_attention", "keys", "projected", "text", "asked", "aligned", "aligned_text", "selected")
-    bare = dataclasses.replace(features, **dict.fromkeys(fields))
+    bare = dataclasses.replace(features, **dict.fromkeys((*fields, "unpooled", "coded", "class_token", "guided")))
     with pytest.raises(EngineError, match=name) as caught:
         apply_visual(bare, spec_of(name))
     assert all(need.value in str(caught.value) or need is Need.ENCODER_KEYS for need in method.needs)
@@ -139,7 +145,7 @@ def test_a_missing_need_is_named(name, make_features):
 def test_the_input_is_left_alone(name, make_features):
     features, untouched = make_features(50), make_features(50)
     apply_visual(features, spec_of(name))
-    for field in ("tokens", "cls_attention", "keys", "projected", "text", "aligned", "aligned_text"):
+    for field in ("tokens", "cls_attention", "keys", "projected", "text", "aligned", "aligned_text", "unpooled"):
         assert torch.equal(getattr(features, field), getattr(untouched, field))
 
 
@@ -155,6 +161,10 @@ def test_a_method_uses_only_what_it_needs(name, make_features):
         "aligned": Need.TEXT_TOWER,
         "aligned_text": Need.TEXT_TOWER,
         "selected": Need.SELECTOR,
+        "unpooled": Need.UNPOOLED,
+        "coded": Need.CODE_ATTENTION,
+        "class_token": Need.CLASS_TOKEN,
+        "guided": Need.CONTEXT,
     }
     unasked = {field: None for field, need in given.items() if need not in method.needs}
     bare = dataclasses.replace(features, **unasked)

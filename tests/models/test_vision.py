@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
 
 from prismserve.core.errors import EngineError, ModelLoadError
 from prismserve.models import vision
-from prismserve.models.base import NEED_CLS_ATTENTION, NEED_ENCODER_KEYS
+from prismserve.models.base import NEED_CLASS_TOKEN, NEED_CLS_ATTENTION, NEED_ENCODER_KEYS
 from prismserve.models.loader import load_model
-from tests.models.small import VISION, as_inputs, llava_model, save, text_model
+from tests.models.small import VISION, as_inputs, llava_model, randomise, save, text_model
 
 BOTH = frozenset({NEED_CLS_ATTENTION, NEED_ENCODER_KEYS})
 
@@ -37,6 +41,52 @@ def test_class_token_attention_and_keys_are_those_of_the_layer_read(tmp_path, pi
     torch.testing.assert_close(image.cls_attention, attention[:, 0, 1:], rtol=0, atol=1e-5)
     torch.testing.assert_close(image.keys, keys[1:], rtol=0, atol=1e-5)
     assert image.grid == (4, 4)
+
+
+def save_eva(directory, layer=-1):
+    """A LLaVA checkpoint whose tower is EVA's in place of CLIP's; that tower in transformers."""
+    model = llava_model(3, layer=layer)
+    tower = randomise(InstructBlipVisionModel(InstructBlipVisionConfig(**VISION)), 4)
+    save(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "vision_config": tower.config.to_dict()}))
+    state = {name: tensor for name, tensor in model.named_parameters() if "vision_tower" not in name}
+    state |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.named_parameters()}
+    save_file({name: tensor.detach().clone() for name, tensor in state.items()}, directory / "model.safetensors")
+    return tower
+
+
+@pytest.mark.parametrize(("layer", "depth"), [(-1, 4), (2, 2)])
+def test_eva_gives_patches_and_the_class_token_beside_them(tmp_path, pixels, layer, depth):
+    tower = save_eva(tmp_path, layer)
+    ours = load_model(tmp_path, dtype="float32")
+    assert ours.shape.image.reducible == {*BOTH, NEED_CLASS_TOKEN}
+    (image,) = ours.encode_images([as_inputs(ours, pixels)], frozenset({NEED_CLASS_TOKEN}))
+    (tapped,) = ours.encode_images([as_inputs(ours, pixels)], BOTH)
+    hidden = tower.embeddings(pixels[None])
+    for encoder_layer in tower.encoder.layers[: depth - 1]:
+        hidden = encoder_layer(hidden)
+    attention = tower.encoder.layers[depth - 1].self_attn
+    queries, keys, _ = attention.qkv(tower.encoder.layers[depth - 1].layer_norm1(hidden))[0].split(32, -1)
+    queries, keys = queries.view(17, 4, 8), keys.view(17, 4, 8)
+    hidden = tower.encoder.layers[depth - 1](hidden)
+    torch.testing.assert_close(image.tokens, hidden[0, 1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(image.class_token, hidden[0, 0], rtol=0, atol=1e-5)
+    assert (image.cls_attention, image.keys, tapped.class_token) == (None, None, None)
+    torch.testing.assert_close(tapped.tokens, image.tokens, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tapped.keys, keys[1:], rtol=0, atol=1e-5)
+    seen = (torch.einsum("hd,nhd->hn", queries[0], keys) * 8**-0.5).softmax(-1)
+    torch.testing.assert_close(tapped.cls_attention, seen[:, 1:], rtol=0, atol=1e-5)
+
+
+def test_only_llava_takes_eva(tmp_path):
+    save_eva(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"]})
+    )
+    with pytest.raises(ModelLoadError, match="'instructblip_vision_model' is not supported"):
+        load_model(tmp_path, dtype="float32")
 
 
 @pytest.mark.parametrize("tile_rows", [1, 5, 128])

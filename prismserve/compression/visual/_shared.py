@@ -18,6 +18,10 @@ _FIELDS: Final = {
     Need.TEXT_TOWER: "aligned_text",
     Need.QUESTION_ATTENTION: "asked",
     Need.SELECTOR: "selected",
+    Need.UNPOOLED: "unpooled",
+    Need.CODE_ATTENTION: "coded",
+    Need.CLASS_TOKEN: "class_token",
+    Need.CONTEXT: "guided",
 }
 
 

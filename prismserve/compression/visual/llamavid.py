@@ -21,8 +21,8 @@ class LlamaVIDConfig(KeepConfig):
 
     Attributes:
         keep: content tokens of the whole video; the number of its frames keeps one of each, as the paper does.
-        context: the text-guided context token of each frame. It comes out of a text decoder and projectors that were
-            trained with LLaMA-VID's own models, whose architecture no family here loads, so ``True`` is refused.
+        context: the text-guided context token of each frame. It comes out of a text encoder and projectors that were
+            trained with LLaMA-VID's own models and is ``llamavid_context``, so ``True`` is refused here.
     """
 
     keep: int | float = Field(default=0.25, gt=0)
@@ -33,7 +33,7 @@ class LlamaVIDConfig(KeepConfig):
     def _untrained(cls, value: bool) -> bool:  # noqa: FBT001 - pydantic calls it
         if value:
             kind = "needs_weights"
-            reason = "the context token needs LLaMA-VID's own trained weights, which no served model family has"
+            reason = "the context token needs LLaMA-VID's own trained weights; it is the method llamavid_context"
             raise PydanticCustomError(kind, reason)
         return value
 
@@ -44,7 +44,7 @@ class LlamaVID(Reducing):
     A frame has an equal share of the budget. One token is the mean of the frame; more are the means of as many cells, as
     square as they come (the paper's g x g average pooling where that is the share). A share of none leaves a frame out.
     A cell's mean stands at the patch nearest to its middle. This needs no training, and is not the trained system: that
-    has the context token beside them, and a decoder that was trained to read two tokens per frame.
+    has the context token beside them (``llamavid_context``), and a decoder that was trained to read two tokens per frame.
 
     An image is one frame.
     """

@@ -26,8 +26,8 @@ class VQTokenConfig(KeepConfig):
     Attributes:
         keep: codes.
         rounds: most rounds of K-means.
-        trained: the attention of a map of codes to the codes, which was trained with VQToken's own model. No served
-            family has its weights, so ``True`` is refused.
+        trained: the attention of a map of codes to the codes. It was trained with VQToken's own model and is
+            ``vqtoken_attention``, so ``True`` is refused here.
     """
 
     keep: int | float = Field(default=32, gt=0)
@@ -39,7 +39,7 @@ class VQTokenConfig(KeepConfig):
     def _untrained(cls, value: bool) -> bool:  # noqa: FBT001 - pydantic calls it
         if value:
             kind = "needs_weights"
-            reason = "the attention over codes needs VQToken's own trained weights, which no served model family has"
+            reason = "the attention over codes needs VQToken's own trained weights; it is the method vqtoken_attention"
             raise PydanticCustomError(kind, reason)
         return value
 
@@ -48,7 +48,8 @@ class VQToken(Reducing):
     """K-means on tokens of length 1; a code is the mean of its members, in the place of the one nearest to its centre.
 
     This is the paper's vector quantisation alone, with a fixed number of codes. The system feeds its decoder what a
-    trained attention makes of codes and positions; without that training this is a baseline, and not VQToken.
+    trained attention makes of codes and positions (``vqtoken_attention``); without that training this is a baseline, and
+    not VQToken.
 
     K-means starts from evenly spaced tokens instead of random ones, so that equal media give equal codes. A cluster that
     becomes empty is given the token that is least like its own centre. Ties go to the lower index.

@@ -1,4 +1,4 @@
-"""LLaVA: a CLIP or SigLIP tower, a two-layer projector, a decoder (LLaVA-1.5, arXiv:2310.03744)."""
+"""LLaVA: a CLIP, SigLIP or EVA tower, a two-layer projector, a decoder (LLaVA-1.5, arXiv:2310.03744)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from prismserve.core.errors import ModelLoadError
 from prismserve.models.base import (
+    NEED_CLASS_TOKEN,
     NEED_CLS_ATTENTION,
     NEED_ENCODER_KEYS,
     EncodedImage,
@@ -23,7 +24,7 @@ from prismserve.models.causal import CausalModel
 from prismserve.models.config import DecoderConfig
 from prismserve.models.images import FixedGrid
 from prismserve.models.linear import Linear
-from prismserve.models.vision import TowerPlan, VisionTower
+from prismserve.models.vision import EVA, OWN_TOWERS, TowerPlan, VisionTower
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,7 +45,8 @@ _RENAMES: Final = (
 
 
 def _tower_plan(config: Any) -> TowerPlan:
-    return TowerPlan.read(config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy)
+    strategy = config.vision_feature_select_strategy
+    return TowerPlan.read(config.vision_config, config.vision_feature_layer, strategy, OWN_TOWERS)
 
 
 class Projector(nn.Module):
@@ -84,8 +86,8 @@ class LlavaModel(CausalModel):
         """One image at a time, so that an image's features never depend on what it was batched with."""
         encoded: list[EncodedImage] = []
         for image in images:
-            tokens, attention, keys = self.tower(image.pixels.to(self.device, self.dtype), needs)
-            encoded.append(EncodedImage(tokens, image.layout.grid, attention, keys))
+            tokens, attention, keys, left_out = self.tower(image.pixels.to(self.device, self.dtype), needs)
+            encoded.append(EncodedImage(tokens, image.layout.grid, attention, keys, class_token=left_out))
         return encoded
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -119,6 +121,9 @@ class Llava:
         # A kept class token has no place in the picture, so the tokens then count as one row.
         grid = (1, side * side + 1) if plan.keep_class_token else (side, side)
         needs = frozenset({NEED_CLS_ATTENTION, NEED_ENCODER_KEYS})
+        # What asks for it was trained with EVA's; to other towers it would be something else.
+        if vision.model_type == EVA and not plan.keep_class_token:
+            needs |= {NEED_CLASS_TOKEN}
         image = ImageShape(config.image_token_id, vision.image_size, vision.image_size, grid, needs)
         decoder = DecoderConfig.from_hf(config.text_config, tie_word_embeddings=config.tie_word_embeddings)
         return ModelShape(decoder, image)

@@ -5,6 +5,7 @@ Source: arXiv:2408.03326.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -12,6 +13,8 @@ import torch
 
 from prismserve.core.errors import ModelLoadError
 from prismserve.models.base import (
+    NEED_UNPOOLED,
+    EncodedImage,
     ImageInputs,
     ImageLayout,
     ImageShape,
@@ -28,7 +31,7 @@ from prismserve.models.seeing import SeeingModel, borrowed_vision
 from prismserve.models.vision import TowerPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from PIL import Image
@@ -104,6 +107,22 @@ class OneVisionModel(SeeingModel):
         features, _ = super().features(inputs)
         return features[: inputs.layout.tokens], None
 
+    def encode_images(self, images: Sequence[ImageInputs], needs: frozenset[str]) -> list[EncodedImage]:
+        """As other families; of videos, also the frames that the projector gave, before they were pooled."""
+        if needs != {NEED_UNPOOLED}:
+            return super().encode_images(images, needs)
+        return [self._with_unpooled(inputs) for inputs in images]
+
+    def _with_unpooled(self, inputs: ImageInputs) -> EncodedImage:
+        frames: list[torch.Tensor] = []
+        projector: Any = self.vision.multi_modal_projector
+        watching = projector.register_forward_hook(lambda _module, _inputs, output: frames.append(output))
+        try:
+            encoded = self._encode(inputs)
+        finally:
+            watching.remove()
+        return dataclasses.replace(encoded, unpooled=torch.cat(frames).to(self.dtype))
+
 
 class LlavaOneVision:
     """``LlavaOnevisionForConditionalGeneration`` in the hub's older key layout and in the current one."""
@@ -127,7 +146,7 @@ class LlavaOneVision:
         image = ImageShape(config.image_token_id, vision.image_size, vision.image_size, (side, side))
         decoder = DecoderConfig.from_hf(config.text_config, tie_word_embeddings=config.tie_word_embeddings)
         # Frames are grids and nothing else, so a method may choose among their tokens; tiles end in learned tokens.
-        return ModelShape(decoder, image, VideoShape(frozenset()))
+        return ModelShape(decoder, image, VideoShape(frozenset({NEED_UNPOOLED})))
 
     def rename(self, key: str) -> str:
         """Either layout's key to the name of a weight target."""
