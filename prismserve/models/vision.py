@@ -174,6 +174,8 @@ def _mean_received(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     Returns:
         [H, N] float32; with one query row, its attention.
     """
+    if queries.shape[1] == 1:
+        return (queries @ keys).softmax(dim=-1)[:, 0]
     received = queries.new_zeros((keys.shape[0], keys.shape[2]))
     for start in range(0, queries.shape[1], _TILE_ROWS):
         received += (queries[:, start : start + _TILE_ROWS] @ keys).softmax(dim=-1).sum(dim=1)

@@ -20,7 +20,7 @@ from prismserve.compression.visual._shared import (
     grid_places,
     projected,
 )
-from prismserve.kernels.subsets import Fading, fold_alike, largest_determinant
+from prismserve.kernels.subsets import Fading, determinant_folded, largest_determinant
 
 
 class PrismConfig(KeepConfig):
@@ -75,10 +75,9 @@ class Prism(Reducing):
         places = grid_places(*features.grid, features.frames).to(attention.device)
         fading = Fading(places, config.locality, config.radius) if config.locality > 0.0 else None
         rows = projected(features)
-        indices = ascending(largest_determinant(rows, kept, quality, fading))
-        return VisualPlan(
-            indices, fold_alike(rows, indices, indices, 1.0 - config.fold, config.fold) if config.fold > 0.0 else None
-        )
+        if config.fold == 0.0:
+            return VisualPlan(ascending(largest_determinant(rows, kept, quality, fading)))
+        return VisualPlan(*determinant_folded(rows, kept, quality, fading, 1.0 - config.fold, config.fold))
 
 
 def dial(attention: torch.Tensor, kept: int) -> float:

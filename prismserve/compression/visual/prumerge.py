@@ -13,7 +13,7 @@ from pydantic import Field
 
 from prismserve.compression.base import KeepConfig, Need, VisualFeatures, VisualPlan
 from prismserve.compression.visual._shared import Reducing, ascending, class_attention, key_metric, ranked
-from prismserve.kernels.subsets import most_alike
+from prismserve.kernels.subsets import fold_nearest
 
 
 class PruMergeConfig(KeepConfig):
@@ -62,18 +62,16 @@ class PruMerge(Reducing):
         kept = self.kept_tokens(config, count)
         spread = round(config.spatial * kept) if config.plus else 0
         order = ranked(attention)
-        rest = ascending(order[kept - spread :])
-        steps = torch.arange(spread, device=rest.device)
-        even = rest[(2 * steps + 1) * rest.shape[0] // (2 * spread)] if spread else rest[:0]
-        indices = ascending(torch.cat((order[: kept - spread], even)))
+        chosen = order[: kept - spread]
+        if spread:
+            rest = ascending(order[kept - spread :])
+            steps = torch.arange(spread, device=rest.device)
+            chosen = torch.cat((chosen, rest[(2 * steps + 1) * rest.shape[0] // (2 * spread)]))
+        indices = ascending(chosen)
         if config.merge == "none":
             return VisualPlan(indices)
-        nearest = most_alike(key_metric(features), indices, min(config.neighbours, count - 1))
-        weights = torch.zeros(kept, count, device=rest.device).scatter_(1, nearest, attention[nearest])
-        weights.scatter_(1, indices[:, None], 1.0)
-        if config.merge == "mean":
-            weights /= weights.sum(1, keepdim=True)
-        return VisualPlan(indices, weights)
+        nearest, mean = min(config.neighbours, count - 1), config.merge == "mean"
+        return VisualPlan(indices, fold_nearest(key_metric(features), indices, attention, nearest, mean=mean))
 
 
 METHOD = PruMerge()

@@ -18,6 +18,15 @@ def largest_determinant(
     return reference.largest_determinant(rows, picks, quality, fading)
 
 
+def determinant_folded(
+    rows: torch.Tensor, picks: int, quality: torch.Tensor | None, fading: Fading | None, own: float, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[picks] int64 rows, ascending, and their [picks, N] weights; see :func:`reference.determinant_folded`."""
+    if use_native(rows):
+        return native.determinant_folded(rows, picks, quality, fading, own, share)
+    return reference.determinant_folded(rows, picks, quality, fading, own, share)
+
+
 def farthest_first(rows: torch.Tensor, picks: int) -> torch.Tensor:
     """[picks] int64 rows of [N, C], in the order they were chosen; see :func:`reference.farthest_first`."""
     if use_native(rows):
@@ -46,18 +55,20 @@ def closest(rows: torch.Tensor, among: torch.Tensor, partners: torch.Tensor) -> 
     return reference.closest(rows, among, partners)
 
 
-def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tensor:
-    """[A, keep] int64 rows most like each of the rows ``among``; see :func:`reference.most_alike`."""
-    if use_native(rows):
-        return native.most_alike(rows, among, keep)
-    return reference.most_alike(rows, among, keep)
-
-
 def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, own: float, share: float) -> torch.Tensor:
     """[k, N] float32 weights of the rows ``kept`` when others are folded in; see :func:`reference.fold_alike`."""
     if use_native(rows):
         return native.fold_alike(rows, kept, centres, own, share)
     return reference.fold_alike(rows, kept, centres, own, share)
+
+
+def fold_nearest(
+    rows: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, nearest: int, *, mean: bool
+) -> torch.Tensor:
+    """[k, N] float32 weights of the rows ``kept`` that take in those like them; see :func:`reference.fold_nearest`."""
+    if use_native(rows):
+        return native.fold_nearest(rows, kept, scores, nearest, mean=mean)
+    return reference.fold_nearest(rows, kept, scores, nearest, mean=mean)
 
 
 def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -70,11 +81,12 @@ def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "Fading",
     "closest",
+    "determinant_folded",
     "drop_alike",
     "farthest_first",
     "fold_alike",
+    "fold_nearest",
     "largest_determinant",
     "merge_alike",
     "merge_rows",
-    "most_alike",
 ]

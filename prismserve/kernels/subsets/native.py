@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,26 +20,54 @@ def _placed(rows: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]
     return rows, (rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1])
 
 
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """Quality and fading as a kernel takes them; holds the tensors it points into."""
+
+    quality: torch.Tensor | None
+    places: torch.Tensor | None
+    share: float
+    falloff: float
+
+    @classmethod
+    def of(cls, quality: torch.Tensor | None, fading: Fading | None) -> _Kernel:
+        own = None if quality is None else quality.float().contiguous()
+        if fading is None:
+            return cls(own, None, 0.0, 0.0)
+        return cls(own, fading.places.contiguous(), fading.share, fading.falloff)
+
+    @property
+    def arguments(self) -> tuple[int | None, int | None, float, float]:
+        return _pointer(self.quality), _pointer(self.places), self.share, self.falloff
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def largest_determinant(
     rows: torch.Tensor, picks: int, quality: torch.Tensor | None, fading: Fading | None
 ) -> torch.Tensor:
     """As the reference."""
     rows, where = _placed(rows)
-    quality = None if quality is None else quality.float().contiguous()
-    places = None if fading is None else fading.places.contiguous()
     chosen = torch.empty(picks, dtype=torch.int64)
-    call(
-        "largest_determinant",
-        *where,
-        None if quality is None else quality.data_ptr(),
-        None if places is None else places.data_ptr(),
-        0.0 if fading is None else fading.share,
-        0.0 if fading is None else fading.falloff,
-        picks,
-        SPENT,
-        chosen.data_ptr(),
-    )
+    kernel = _Kernel.of(quality, fading)
+    call("largest_determinant", *where, *kernel.arguments, picks, SPENT, chosen.data_ptr())
     return chosen
+
+
+def determinant_folded(
+    rows: torch.Tensor, picks: int, quality: torch.Tensor | None, fading: Fading | None, own: float, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the reference; cosines are computed once for choosing and folding."""
+    rows, where = _placed(rows)
+    chosen = torch.empty(picks, dtype=torch.int64)
+    weights = torch.empty((picks, rows.shape[0]), dtype=torch.float32)
+    kernel = _Kernel.of(quality, fading)
+    call(
+        "determinant_folded", *where, *kernel.arguments, picks, SPENT, own, share, chosen.data_ptr(), weights.data_ptr()
+    )
+    return chosen, weights
 
 
 def farthest_first(rows: torch.Tensor, picks: int) -> torch.Tensor:
@@ -75,15 +104,6 @@ def closest(rows: torch.Tensor, among: torch.Tensor, partners: torch.Tensor) -> 
     return owner
 
 
-def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tensor:
-    """As the reference."""
-    rows, where = _placed(rows)
-    among = among.contiguous()
-    found = torch.empty((among.shape[0], keep), dtype=torch.int64)
-    call("most_alike", *where, among.data_ptr(), among.shape[0], keep, found.data_ptr())
-    return found
-
-
 def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, own: float, share: float) -> torch.Tensor:
     """As the reference."""
     rows, where = _placed(rows)
@@ -91,6 +111,18 @@ def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, ow
     weights = torch.empty((kept.shape[0], rows.shape[0]), dtype=torch.float32)
     sizes = (kept.data_ptr(), kept.shape[0], centres.data_ptr(), centres.shape[0])
     call("fold_alike", *where, *sizes, own, share, weights.data_ptr())
+    return weights
+
+
+def fold_nearest(
+    rows: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, nearest: int, *, mean: bool
+) -> torch.Tensor:
+    """As the reference."""
+    rows, where = _placed(rows)
+    kept, scores = kept.contiguous(), scores.float().contiguous()
+    weights = torch.empty((kept.shape[0], rows.shape[0]), dtype=torch.float32)
+    sizes = (kept.data_ptr(), kept.shape[0], scores.data_ptr(), nearest)
+    call("fold_nearest", *where, *sizes, mean, weights.data_ptr())
     return weights
 
 

@@ -77,6 +77,26 @@ def largest_determinant(
     return chosen
 
 
+def determinant_folded(
+    rows: torch.Tensor, picks: int, quality: torch.Tensor | None, fading: Fading | None, own: float, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose as :func:`largest_determinant`, then fold every other row into the chosen one it is most like.
+
+    Args:
+        rows: [N, C] float32.
+        picks: how many, 1 to N.
+        quality: as there.
+        fading: as there; it plays no part in what is folded where.
+        own: see :func:`fold_alike`, where all that was chosen are centres.
+        share: see there.
+
+    Returns:
+        [picks] int64, ascending, and [picks, N] float32 weights.
+    """
+    kept = largest_determinant(rows, picks, quality, fading).sort().values
+    return kept, fold_alike(rows, kept, kept, own, share)
+
+
 def farthest_first(rows: torch.Tensor, picks: int) -> torch.Tensor:
     """Greedy max-min selection by cosine distance.
 
@@ -174,22 +194,6 @@ def closest(rows: torch.Tensor, among: torch.Tensor, partners: torch.Tensor) -> 
     return _closest(rows[among], rows[partners])[1]
 
 
-def most_alike(rows: torch.Tensor, among: torch.Tensor, keep: int) -> torch.Tensor:
-    """For some rows the ``keep`` others that are most like them (cosine).
-
-    Args:
-        rows: [N, C] float32.
-        among: [A] int64.
-        keep: 0 to N - 1.
-
-    Returns:
-        [A, keep] int64 rows, ascending, never the row itself; of equals the lower are taken.
-    """
-    unit = functional.normalize(rows, dim=-1)
-    similar = (unit[among] @ unit.T).scatter_(1, among[:, None], -torch.inf)
-    return torch.sort(similar, dim=1, descending=True, stable=True).indices[:, :keep].sort(dim=1).values
-
-
 def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, own: float, share: float) -> torch.Tensor:
     """What rows that are kept are made of if every other is folded into the centre it is most like (cosine).
 
@@ -214,6 +218,28 @@ def fold_alike(rows: torch.Tensor, kept: torch.Tensor, centres: torch.Tensor, ow
     weights[places, centres] = torch.where(members > 0, own, 1.0)
     weights[places[owner], others] = (share / members.clamp(min=1.0))[owner]
     return weights
+
+
+def fold_nearest(
+    rows: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, nearest: int, *, mean: bool
+) -> torch.Tensor:
+    """What rows that are kept are made of if each takes in the rows most like it (cosine), times their scores.
+
+    Args:
+        rows: [N, C] float32.
+        kept: [k] int64.
+        scores: [N] float32 weights of what is taken in; a kept row weighs 1 in itself.
+        nearest: how many it takes in, 0 to N - 1, never itself; of equally similar ones the lower.
+        mean: whether each row of weights is divided by its sum.
+
+    Returns:
+        [k, N] float32.
+    """
+    unit = functional.normalize(rows, dim=-1)
+    similar = (unit[kept] @ unit.T).scatter_(1, kept[:, None], -torch.inf)
+    found = torch.sort(similar, dim=1, descending=True, stable=True).indices[:, :nearest]
+    weights = torch.zeros_like(similar).scatter_(1, found, scores[found]).scatter_(1, kept[:, None], 1.0)
+    return weights / weights.sum(1, keepdim=True) if mean else weights
 
 
 def merge_rows(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

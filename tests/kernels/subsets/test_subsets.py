@@ -7,13 +7,14 @@ from prismserve.kernels.dispatch import use_native_on, without_native
 from prismserve.kernels.subsets import (
     Fading,
     closest,
+    determinant_folded,
     drop_alike,
     farthest_first,
     fold_alike,
+    fold_nearest,
     largest_determinant,
     merge_alike,
     merge_rows,
-    most_alike,
 )
 
 needs_native = pytest.mark.skipif(not use_native_on(torch.device("cpu")), reason="no C++ compiler on this machine")
@@ -130,8 +131,81 @@ def test_native_kernels_find_what_is_most_alike(count, width, clusters):
         )
         assert torch.allclose(native, plain, atol=1e-6)
         assert torch.equal(native != 0, plain != 0)
-    for keep in {0, (count - 1) // 3, count - 1}:
-        assert_same(*both(lambda keep=keep: [most_alike(rows, partners, keep)]))
+    scores = torch.rand(count, generator=torch.Generator().manual_seed(3))
+    for nearest in {0, (count - 1) // 3, count - 1}:
+        for mean in (False, True):
+            native, plain = both(
+                lambda nearest=nearest, mean=mean: fold_nearest(rows, partners, scores, nearest, mean=mean)
+            )
+            assert torch.allclose(native, plain, atol=1e-6)
+            assert torch.equal(native != 0, plain != 0)
+            assert (native != 0).sum(1).tolist() == [nearest + 1] * len(partners)
+
+
+@needs_native
+@pytest.mark.parametrize("clusters", [0, 7])
+@pytest.mark.parametrize(("count", "width"), SHAPES)
+def test_choosing_and_folding_together_is_choosing_and_then_folding(count, width, clusters):
+    rows = features(count, width, clusters=clusters)
+    quality = torch.rand(count, generator=torch.Generator().manual_seed(1))
+    places = torch.stack((torch.zeros(count), torch.arange(count) // 14, torch.arange(count) % 14), 1).float()
+    for picks in {*budgets(count), count}:
+        for given in ((None, None), (quality, None), (quality, Fading(places, 0.5, 3.0))):
+            kept, weights = determinant_folded(rows, picks, *given, 0.7, 0.3)
+            apart = largest_determinant(rows, picks, *given).sort().values
+            assert torch.equal(kept, apart)
+            assert torch.equal(weights, fold_alike(rows, apart, apart, 0.7, 0.3)), "bit for bit"
+            if picks <= width:
+                with without_native():
+                    kept, plain = determinant_folded(rows, picks, *given, 0.7, 0.3)
+                assert torch.equal(kept, apart)
+                assert torch.allclose(weights, plain, atol=1e-6)
+                assert torch.equal(weights != 0, plain != 0)
+
+
+TWINS = [0, 1, 0, 2, 1, 3, 0, 2, 4, 4, 1]
+"""Rows 4, 10 repeat row 1, and so on; row 4 of the base is zero."""
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("picks", "kept"), [(1, [0]), (3, [0, 1, 3]), (5, [0, 1, 2, 3, 5]), (11, list(range(11)))])
+def test_twins_fold_into_the_first_of_their_like_and_rows_without_direction_into_the_first(picks, kept, native):
+    if native and not use_native_on(torch.device("cpu")):
+        pytest.skip("no C++ compiler on this machine")
+    base = torch.eye(5, 9)
+    base[4] = 0.0
+    rows = base[TWINS].contiguous()
+
+    def folded():
+        return determinant_folded(rows, picks, None, None, 0.5, 0.5)
+
+    if native:
+        found, weights = folded()
+    else:
+        with without_native():
+            found, weights = folded()
+    assert found.tolist() == kept
+    members = {one: [] for one in kept}
+    for i in set(range(len(TWINS))) - set(kept):
+        members[next((one for one in kept if TWINS[one] == TWINS[i] != 4), kept[0])].append(i)
+    expected = torch.zeros(picks, len(TWINS))
+    for place, one in enumerate(kept):
+        expected[place, one] = 0.5 if members[one] else 1.0
+        for i in members[one]:
+            expected[place, i] = 0.5 / len(members[one])
+    assert torch.allclose(weights, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("nearer", [2, 0, 1])
+def test_centres_closer_than_rounding_are_told_apart_as_by_folding_alone(nearer):
+    """Many centres nearly as like a row as the best: the choice's own cosines cannot say which is nearest."""
+    generator = torch.Generator().manual_seed(nearer)
+    common = torch.randn(1, 96, generator=generator)
+    rows = common + 1e-3 * torch.randn(60, 96, generator=generator)
+    rows[nearer::3] = rows[nearer]
+    kept, weights = determinant_folded(rows, 20, None, None, 0.7, 0.3)
+    assert torch.equal(weights, fold_alike(rows, kept, kept, 0.7, 0.3))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -141,9 +215,8 @@ def test_equally_alike_goes_to_the_first_and_no_row_is_like_itself(native):
     rows = torch.eye(3, 4)[[0, 1, 0, 1, 2, 0]].contiguous()
 
     def found():
-        return closest(rows, torch.tensor([4, 5, 3]), torch.tensor([2, 1, 0])), most_alike(
-            rows, torch.tensor([0, 4]), 3
-        )
+        taken = fold_nearest(rows, torch.tensor([0, 4]), torch.ones(6), 3, mean=False)
+        return closest(rows, torch.tensor([4, 5, 3]), torch.tensor([2, 1, 0])), taken
 
     if native:
         owner, alike = found()
@@ -151,7 +224,7 @@ def test_equally_alike_goes_to_the_first_and_no_row_is_like_itself(native):
         with without_native():
             owner, alike = found()
     assert owner.tolist() == [0, 0, 1]
-    assert alike.tolist() == [[1, 2, 5], [0, 1, 2]]
+    assert [row.nonzero()[:, 0].tolist() for row in alike] == [[0, 1, 2, 5], [0, 1, 2, 4]]
 
 
 @needs_native

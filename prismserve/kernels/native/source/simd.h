@@ -8,6 +8,7 @@
 namespace prismserve {
 
 typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(32), aligned(4), may_alias));
 
@@ -52,10 +53,24 @@ inline void store_one(uint16_t* to, float value) { *to = narrow(value); }
 inline float load_one(const float* from) { return *from; }
 inline float load_one(const uint16_t* from) { return widen(*from); }
 
+// Both halves of eight lanes, added.
+inline Quad halved(Floats value) {
+    Quad halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return halves[0] + halves[1];
+}
+
 inline float sum(Floats value) {
-    float low = (value[0] + value[4]) + (value[2] + value[6]);
-    float high = (value[1] + value[5]) + (value[3] + value[7]);
-    return low + high;
+    const Quad pairs = halved(value);
+    return (pairs[0] + pairs[2]) + (pairs[1] + pairs[3]);
+}
+
+// The sums of four, each bit for bit as `sum`.
+inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
+    const Quad p = halved(a), q = halved(b), r = halved(c), s = halved(d);
+    const Quad pq = Quad{p[0], p[1], q[0], q[1]} + Quad{p[2], p[3], q[2], q[3]};
+    const Quad rs = Quad{r[0], r[1], s[0], s[1]} + Quad{r[2], r[3], s[2], s[3]};
+    return Quad{pq[0], pq[2], rs[0], rs[2]} + Quad{pq[1], pq[3], rs[1], rs[3]};
 }
 
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }

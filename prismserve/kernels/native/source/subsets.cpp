@@ -1,174 +1,213 @@
-// Choices among rows of features: the largest determinant, the farthest point, pairs that are most alike, the best.
+// Choices among rows of features: the largest determinant, the farthest point, what is most alike, the best.
 //
-// Similarities are computed where they are asked for; no [count, count] matrix is held. All of it runs on one thread,
-// since one picture has little work and pictures are prepared side by side.
-#include <algorithm>
-#include <functional>
-#include <limits>
-#include <new>
-#include <vector>
+// All of it runs on one thread, since one picture has little work and pictures are prepared side by side.
+#include <memory>
 
-#include "tile.h"
+#include "similar.h"
 
 namespace prismserve {
 namespace {
 
-// Features of `count` rows; row i begins at data + i * stride.
-struct Rows {
-    const float* data;
-    int64_t stride, count, width;
-    const float* operator[](int64_t i) const { return data + i * stride; }
+// Greedy enlargement of a determinant, see largest_determinant in reference.py. Columns are padded to whole vectors;
+// what lies behind the last and in columns already chosen is computed along and never read.
+//
+// A row of the kernel is computed together with those of the next best tokens, which are mostly chosen next: one pass
+// over the features and over the factors serves them all. A row may so be ready before its turn; the factors that have
+// come since are then subtracted in the same order.
+class Determinant {
+  public:
+    Determinant(const Rows& rows, const float* quality, const float* places, float share, float falloff, int64_t picks,
+                float least, bool folding)
+        : rows(rows),
+          padded((rows.count + LANES - 1) / LANES * LANES),
+          picks(picks),
+          share(share),
+          falloff(falloff),
+          folding(folding),
+          inverse(inverse_norms(rows)),
+          live(rows),
+          slot(rows.count, -1),
+          weight(padded, 0.0f),
+          gain(padded, -1.0f),
+          floor(padded, 0.0f),
+          similar(STRIP * rows.count),
+          axes(places == nullptr ? 0 : 3 * padded, 0.0f),
+          held(new float[picks * padded]),
+          cosines(folding ? new float[picks * padded] : nullptr) {
+        for (int64_t j = 0; j < rows.count; ++j) {
+            weight[j] = quality == nullptr ? 1.0f : quality[j];
+            gain[j] = inverse[j] > 0.0f ? weight[j] * weight[j] : 0.0f;
+            floor[j] = least * gain[j];
+            for (int axis = 0; axis < 3 && places != nullptr; ++axis) axes[axis * padded + j] = places[3 * j + axis];
+        }
+    }
+
+    // Choose number i; called for 0, 1, ... picks - 1.
+    int64_t pick(int64_t i) {
+        const int64_t pick = largest(gain.data(), rows.count);
+        float* row = held.get() + i * padded;
+        if ((gain[pick] > 0.0f || folding) && slot[pick] < 0) prepare(pick, i);
+        if (folding) std::copy_n(ahead[slot[pick]].cosines.data(), padded, cosines.get() + i * padded);
+        if (gain[pick] > 0.0f) {
+            Ahead& ready = ahead[slot[pick]];
+            float* const into = ready.row.data();
+            subtract<1>(&into, &pick, ready.level, i);
+            shrink(into, row, 1.0f / std::sqrt(gain[pick]));
+        } else {
+            std::fill_n(row, padded, 0.0f);
+        }
+        if (slot[pick] >= 0) unused.push_back(slot[pick]);
+        gain[pick] = -1.0f;
+        live.drop(pick);
+        return pick;
+    }
+
+    // owner[a]: which of `centres`, all of them chosen, row others()[a] is most like, as match() finds; ranks[i]: which of
+    // the centres was chosen as number i.
+    std::vector<int64_t> owners(const std::vector<int64_t>& centres, const std::vector<int64_t>& ranks) const;
+
+    const std::vector<int64_t>& others() const { return live.which; }
+
+  private:
+    struct Ahead {
+        int64_t level;  // how many factors have been subtracted
+        std::vector<float> row, cosines;
+    };
+
+    // Rows of the kernel less the factors 0 ... i - 1, for `pick` and those that are likely to follow.
+    void prepare(int64_t pick, int64_t i) {
+        int64_t together[STRIP] = {pick, -1, -1}, many = 1;
+        for (const int64_t j : live.which) {
+            if (j == pick || slot[j] >= 0 || gain[j] <= 0.0f) continue;
+            if (together[1] < 0 || gain[j] > gain[together[1]])
+                together[2] = together[1], together[1] = j;
+            else if (together[2] < 0 || gain[j] > gain[together[2]])
+                together[2] = j;
+        }
+        while (many < std::min<int64_t>(STRIP, picks - i) && together[many] >= 0) ++many;
+        const int64_t rights = live.count();
+        const float* left[STRIP] = {};
+        for (int64_t a = 0; a < many; ++a) left[a] = rows[together[a]];
+        strip(left, many, live.data.data(), rights, rows.width, similar.data(), rights);
+        float* into[STRIP];
+        for (int64_t a = 0; a < many; ++a) {
+            const int64_t one = together[a];
+            if (unused.empty()) {
+                unused.push_back(ahead.size());
+                ahead.push_back({0, std::vector<float>(padded), std::vector<float>(folding ? padded : 0)});
+            }
+            Ahead& ready = ahead[slot[one] = unused.back()];
+            unused.pop_back();
+            ready.level = i;
+            into[a] = ready.row.data();
+            std::fill_n(into[a], padded, 0.0f);
+            for (int64_t b = 0; b < rights; ++b)
+                into[a][live.which[b]] = similar[a * rights + b] * (inverse[one] * inverse[live.which[b]]);
+            if (folding) std::copy_n(into[a], padded, ready.cosines.data());
+            weigh(into[a], one);
+        }
+        if (many == 1)
+            subtract<1>(into, together, 0, i);
+        else if (many == 2)
+            subtract<2>(into, together, 0, i);
+        else
+            subtract<3>(into, together, 0, i);
+    }
+
+    // The kernel's row from cosines: faded with distance, times both qualities.
+    void weigh(float* row, int64_t one) const {
+        const float *x = axes.data(), *y = x + padded, *z = y + padded;
+        for (int64_t j = 0; j < padded; j += LANES) {
+            Floats value = load(row + j);
+            if (!axes.empty()) {
+                const Floats right = load(x + j) - x[one], down = load(y + j) - y[one], deep = load(z + j) - z[one];
+                const Floats squared = right * right + down * down + deep * deep;
+                value *= (1.0f - share) + share * exponential(falloff * squared);
+            }
+            store(row + j, value * (weight[one] * load(weight.data() + j)));
+        }
+    }
+
+    // into[a][j] -= sum over t = from ... behind - 1 of held[t][tokens[a]] * held[t][j], in order.
+    template <int MANY>
+    void subtract(float* const* into, const int64_t* tokens, int64_t from, int64_t behind) const {
+        int64_t j = 0;
+        for (; j + 4 * LANES <= padded; j += 4 * LANES) subtract<MANY, 4>(into, tokens, from, behind, j);
+        for (; j < padded; j += LANES) subtract<MANY, 1>(into, tokens, from, behind, j);
+    }
+
+    template <int MANY, int WIDE>
+    void subtract(float* const* into, const int64_t* tokens, int64_t from, int64_t behind, int64_t j) const {
+        Floats left[MANY * WIDE];
+#pragma GCC unroll 16
+        for (int s = 0; s < MANY * WIDE; ++s) left[s] = load(into[s / WIDE] + j + s % WIDE * LANES);
+        for (int64_t t = from; t < behind; ++t) {
+            const float* factor = held.get() + t * padded;
+#pragma GCC unroll 4
+            for (int a = 0; a < MANY; ++a) {
+                const Floats scale = splat(factor[tokens[a]]);
+#pragma GCC unroll 4
+                for (int w = 0; w < WIDE; ++w) left[a * WIDE + w] -= scale * load(factor + j + w * LANES);
+            }
+        }
+#pragma GCC unroll 16
+        for (int s = 0; s < MANY * WIDE; ++s) store(into[s / WIDE] + j + s % WIDE * LANES, left[s]);
+    }
+
+    // The factor, and what is left to gain behind it.
+    void shrink(const float* row, float* factor, float scale) {
+        for (int64_t j = 0; j < padded; j += LANES) {
+            const Floats scaled = load(row + j) * scale, before = load(gain.data() + j);
+            store(factor + j, scaled);
+            const Floats left = before - scaled * scaled;
+            const Floats counted = left <= load(floor.data() + j) ? splat(0.0f) : left;
+            store(gain.data() + j, before < 0.0f ? before : counted);
+        }
+    }
+
+    const Rows rows;
+    const int64_t padded, picks;
+    const float share, falloff;
+    const bool folding;
+    const std::vector<float> inverse;
+    Some live;  // not chosen
+    std::vector<int64_t> slot, unused;
+    std::vector<Ahead> ahead;
+    std::vector<float> weight, gain, floor, similar, axes;
+    const std::unique_ptr<float[]> held, cosines;  // [picks, padded]
 };
 
-// 1 / |row|, 0 for a row without direction.
-std::vector<float> inverse_norms(const Rows& rows) {
-    std::vector<float> inverse(rows.count);
-    for (int64_t i = 0; i < rows.count; ++i) {
-        const float* row = rows[i];
-        Floats squares = splat(0.0f);
-        int64_t k = 0;
-        for (; k + LANES <= rows.width; k += LANES) squares += load(row + k) * load(row + k);
-        float total = sum(squares);
-        for (; k < rows.width; ++k) total += row[k] * row[k];
-        inverse[i] = total > 0.0f ? 1.0f / std::max(std::sqrt(total), 1e-12f) : 0.0f;
-    }
-    return inverse;
-}
-
-// out[r] = one . rows[first + r] for COUNT neighbours.
-template <int COUNT>
-void dots(const float* one, const Rows& rows, int64_t first, float* out) {
-    Floats sums[COUNT] = {};
-    int64_t k = 0;
-    for (; k + LANES <= rows.width; k += LANES) {
-        const Floats part = load(one + k);
-        for (int r = 0; r < COUNT; ++r) sums[r] += part * load(rows[first + r] + k);
-    }
-    for (int r = 0; r < COUNT; ++r) {
-        out[r] = sum(sums[r]);
-        for (int64_t rest = k; rest < rows.width; ++rest) out[r] += one[rest] * rows[first + r][rest];
-    }
-}
-
-// out[j] = cosine of row `pick` with every row j, exactly 1 with itself.
-void cosines(const Rows& rows, const std::vector<float>& inverse, int64_t pick, float* out) {
-    int64_t j = 0;
-    for (; j + 4 <= rows.count; j += 4) dots<4>(rows[pick], rows, j, out + j);
-    for (; j < rows.count; ++j) dots<1>(rows[pick], rows, j, out + j);
-    for (j = 0; j < rows.count; ++j) out[j] *= inverse[pick] * inverse[j];
-    out[pick] = inverse[pick] > 0.0f ? 1.0f : 0.0f;
-}
-
-// values[j] *= 1 - share + share * exp(falloff * |place_j - place_pick|^2); places [count, 3].
-void fade(float* values, int64_t count, const float* places, int64_t pick, float share, float falloff) {
-    const float* here = places + 3 * pick;
-    for (int64_t j = 0; j < count; j += LANES) {
-        float exponents[LANES] = {};
-        const int64_t lanes = std::min<int64_t>(LANES, count - j);
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            const float* there = places + 3 * (j + lane);
-            float squared = 0.0f;
-            for (int axis = 0; axis < 3; ++axis) squared += (there[axis] - here[axis]) * (there[axis] - here[axis]);
-            exponents[lane] = falloff * squared;
+// The cosines the choice was made with say nearly always which centre is nearest. They are rounded otherwise than
+// match() rounds them, so where two centres are closer than rounding can tell, match()'s own products decide.
+std::vector<int64_t> Determinant::owners(const std::vector<int64_t>& centres, const std::vector<int64_t>& ranks) const {
+    const Floats slack = splat(static_cast<float>(rows.width + 8) * 0x1p-22f);
+    std::vector<float> most(padded, NONE);
+    std::vector<int32_t> leader(padded, 0), rivals(padded, 0);
+    for (int64_t i = 0; i < picks; ++i)
+        for (int64_t j = 0; j < padded; j += LANES)
+            store(most.data() + j, maximum(load(cosines.get() + i * padded + j), load(most.data() + j)));
+    for (int64_t i = 0; i < picks; ++i) {
+        const Ints rank = Ints{} + static_cast<int32_t>(ranks[i]);
+        for (int64_t j = 0; j < padded; j += LANES) {
+            const Ints near = load(cosines.get() + i * padded + j) >= load(most.data() + j) - slack;
+            Ints& lead = *reinterpret_cast<Ints*>(leader.data() + j);
+            lead = near ? rank : lead;
+            *reinterpret_cast<Ints*>(rivals.data() + j) -= near;
         }
-        const Floats near = exponential(load(exponents));
-        for (int64_t lane = 0; lane < lanes; ++lane) values[j + lane] *= 1.0f - share + share * near[lane];
     }
-}
-
-// values[j] -= sum over t < factors of held[t][pick] * held[t][j].
-void subtract(float* values, const float* held, int64_t factors, int64_t count, int64_t pick) {
-    constexpr int WIDE = 4;
-    int64_t j = 0;
-    for (; j + WIDE * LANES <= count; j += WIDE * LANES) {
-        Floats left[WIDE];
-        for (int w = 0; w < WIDE; ++w) left[w] = load(values + j + w * LANES);
-        for (int64_t t = 0; t < factors; ++t) {
-            const float* factor = held + t * count;
-            const Floats scale = splat(factor[pick]);
-            for (int w = 0; w < WIDE; ++w) left[w] -= scale * load(factor + j + w * LANES);
-        }
-        for (int w = 0; w < WIDE; ++w) store(values + j + w * LANES, left[w]);
+    std::vector<int64_t> owner(live.count()), doubtful, asking;
+    for (int64_t a = 0; a < live.count(); ++a) {
+        owner[a] = leader[live.which[a]];
+        if (rivals[live.which[a]] != 1) doubtful.push_back(a), asking.push_back(live.which[a]);
     }
-    for (; j < count; ++j)
-        for (int64_t t = 0; t < factors; ++t) values[j] -= held[t * count + pick] * held[t * count + j];
-}
-
-int64_t largest(const std::vector<float>& values) {
-    return std::max_element(values.begin(), values.end()) - values.begin();
-}
-
-// Row numbers `which` of `rows`, each times its scale, as panels of 16 columns that multiply() takes.
-void pack(const Rows& rows, const std::vector<int64_t>& which, const std::vector<float>& scale, std::vector<float>& to) {
-    const int64_t panels = (static_cast<int64_t>(which.size()) + PANEL - 1) / PANEL;
-    to.assign(panels * rows.width * PANEL, 0.0f);
-    for (size_t c = 0; c < which.size(); ++c) {
-        const float* row = rows[which[c]];
-        float* panel = to.data() + static_cast<int64_t>(c) / PANEL * rows.width * PANEL + c % PANEL;
-        for (int64_t k = 0; k < rows.width; ++k) panel[k * PANEL] = row[k] * scale[which[c]];
+    if (!doubtful.empty()) {
+        std::vector<float> panels, block;
+        std::vector<Match> found;
+        pack(rows, centres, inverse, panels);
+        match(rows, asking, centres.size(), inverse, panels, block, found);
+        for (const Match& one : found) owner[doubtful[one.proposer]] = one.partner;
     }
-}
-
-struct Match {
-    float value;
-    int64_t proposer, partner;  // numbers within their lists
-};
-
-// For every row of `proposers` the most similar of the `partners` that are packed in panels; ties to the earlier.
-void match(const Rows& rows, const std::vector<int64_t>& proposers, int64_t partners, const std::vector<float>& scale,
-           const std::vector<float>& panels, std::vector<float>& block, std::vector<Match>& found) {
-    found.clear();
-    block.resize(TILE_ROWS * rows.width);
-    for (size_t first = 0; first < proposers.size(); first += TILE_ROWS) {
-        const int live = static_cast<int>(std::min<size_t>(TILE_ROWS, proposers.size() - first));
-        Match best[TILE_ROWS];
-        for (int r = 0; r < live; ++r) {
-            const int64_t row = proposers[first + r];
-            for (int64_t k = 0; k < rows.width; ++k) block[r * rows.width + k] = rows[row][k] * scale[row];
-            best[r] = {-std::numeric_limits<float>::infinity(), static_cast<int64_t>(first) + r, 0};
-        }
-        for (int64_t column = 0; column < partners; column += PANEL) {
-            const float* panel = panels.data() + column * rows.width;
-            const int64_t columns = std::min<int64_t>(PANEL, partners - column);
-            with_rows(live, [&](auto count) {
-                constexpr int ROWS = decltype(count)::value;
-                Floats products[ROWS][2] = {};
-                multiply<ROWS, 1, false>(block.data(), rows.width, int64_t{1}, panel, int64_t{0}, int64_t{PANEL},
-                                         rows.width, int64_t{0}, products);
-                for (int r = 0; r < ROWS; ++r)
-                    for (int64_t c = 0; c < columns; ++c) {
-                        const float value = products[r][c / LANES][c % LANES];
-                        if (value > best[r].value) best[r].value = value, best[r].partner = column + c;
-                    }
-            });
-        }
-        found.insert(found.end(), best, best + live);
-    }
-}
-
-// The best `count` matches first, equals in the order of their proposers.
-void rank(std::vector<Match>& found, int64_t count) {
-    std::partial_sort(found.begin(), found.begin() + count, found.end(), [](const Match& one, const Match& other) {
-        return one.value != other.value ? one.value > other.value : one.proposer < other.proposer;
-    });
-}
-
-// Places of even number and of odd number.
-void split(const std::vector<int64_t>& all, std::vector<int64_t>& even, std::vector<int64_t>& odd) {
-    even.clear();
-    odd.clear();
-    for (size_t i = 0; i < all.size(); ++i) (i % 2 ? odd : even).push_back(all[i]);
-}
-
-// Standard containers say by an exception that there is no memory; the Python side hears it as a status.
-template <typename Work>
-int guarded(Work work) {
-    try {
-        work();
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
+    return owner;
 }
 
 }  // namespace
@@ -178,40 +217,32 @@ using namespace prismserve;
 
 extern "C" {
 
-int ps_top_k(const float* scores, int64_t stride, int64_t rows, int64_t count, int64_t keep, int64_t* indices);
-
 // quality [count] and places [count, 3] may be null. See largest_determinant in reference.py.
 int ps_largest_determinant(const float* data, int64_t stride, int64_t count, int64_t width, const float* quality,
                            const float* places, float share, float falloff, int64_t picks, float least,
                            int64_t* chosen) {
     return guarded([&] {
-        const Rows rows{data, stride, count, width};
-        const std::vector<float> inverse = inverse_norms(rows);
-        std::vector<float> weight(count, 1.0f), gain(count), floor(count), held(picks * count);
-        if (quality != nullptr) weight.assign(quality, quality + count);
-        for (int64_t j = 0; j < count; ++j) {
-            gain[j] = inverse[j] > 0.0f ? weight[j] * weight[j] : 0.0f;
-            floor[j] = least * gain[j];
-        }
-        for (int64_t i = 0; i < picks; ++i) {
-            const int64_t pick = largest(gain);
-            chosen[i] = pick;
-            float* row = held.data() + i * count;
-            if (gain[pick] > 0.0f) {
-                cosines(rows, inverse, pick, row);
-                if (places != nullptr) fade(row, count, places, pick, share, falloff);
-                for (int64_t j = 0; j < count; ++j) row[j] *= weight[pick] * weight[j];
-                subtract(row, held.data(), i, count, pick);
-                const float scale = 1.0f / std::sqrt(gain[pick]);
-                for (int64_t j = 0; j < count; ++j) {
-                    row[j] *= scale;
-                    if (gain[j] < 0.0f) continue;
-                    gain[j] -= row[j] * row[j];
-                    if (gain[j] <= floor[j]) gain[j] = 0.0f;
-                }
-            }
-            gain[pick] = -1.0f;
-        }
+        Determinant determinant({data, stride, count, width}, quality, places, share, falloff, picks, least, false);
+        for (int64_t i = 0; i < picks; ++i) chosen[i] = determinant.pick(i);
+    });
+}
+
+// As ps_largest_determinant, but `chosen` is ascending; weights [picks, count] are those of ps_fold_alike with all that
+// is chosen as centres. See determinant_folded in reference.py.
+int ps_determinant_folded(const float* data, int64_t stride, int64_t count, int64_t width, const float* quality,
+                          const float* places, float share, float falloff, int64_t picks, float least, float own,
+                          float taken, int64_t* chosen, float* weights) {
+    return guarded([&] {
+        Determinant determinant({data, stride, count, width}, quality, places, share, falloff, picks, least, true);
+        std::vector<int64_t> order(picks), ranks(picks);
+        for (int64_t i = 0; i < picks; ++i) order[i] = determinant.pick(i);
+        std::vector<int64_t> centres = order;
+        std::sort(centres.begin(), centres.end());
+        for (int64_t i = 0; i < picks; ++i)
+            ranks[i] = std::lower_bound(centres.begin(), centres.end(), order[i]) - centres.begin();
+        const std::vector<int64_t> owner = determinant.owners(centres, ranks);
+        std::copy(centres.begin(), centres.end(), chosen);
+        fold(count, chosen, picks, centres, determinant.others(), owner, own, taken, weights);
     });
 }
 
@@ -220,67 +251,30 @@ int ps_farthest_first(const float* data, int64_t stride, int64_t count, int64_t 
     return guarded([&] {
         const Rows rows{data, stride, count, width};
         const std::vector<float> inverse = inverse_norms(rows);
-        const float infinity = std::numeric_limits<float>::infinity();
-        std::vector<float> distance(count, infinity), row(count);
-        for (int64_t i = 0; i + 1 < count; ++i) {
-            // Every pair once: row i with the rows behind it.
-            const Rows behind{rows[i], stride, count - i, width};
-            int64_t j = 1;
-            for (; j + 4 <= behind.count; j += 4) dots<4>(rows[i], behind, j, row.data() + j);
-            for (; j < behind.count; ++j) dots<1>(rows[i], behind, j, row.data() + j);
-            for (j = 1; j < behind.count; ++j) {
-                const float apart = 1.0f - row[j] * (inverse[i] * inverse[i + j]);
-                distance[i] = std::min(distance[i], apart);
-                distance[i + j] = std::min(distance[i + j], apart);
+        Some live(rows);
+        std::vector<float> distance(count, -NONE), similar(STRIP * count);
+        for (int64_t first = 0; first + 1 < count; first += STRIP) {
+            // Every pair once: a strip of rows with itself and the rows behind it.
+            const int64_t lefts = std::min<int64_t>(STRIP, count - first), rights = count - first;
+            strip(live.data.data() + first, lefts, live.data.data() + first, rights, width, similar.data(), count);
+            for (int64_t a = 0; a < lefts; ++a) {
+                const int64_t i = first + a;
+                for (int64_t j = i + 1; j < count; ++j) {
+                    const float apart = 1.0f - similar[a * count + j - first] * (inverse[i] * inverse[j]);
+                    distance[i] = std::min(distance[i], apart);
+                    distance[j] = std::min(distance[j], apart);
+                }
             }
         }
-        std::vector<char> taken(count, 0);
         for (int64_t i = 0; i < picks; ++i) {
-            const int64_t pick = largest(distance);
+            const int64_t pick = largest(distance.data(), count);
             chosen[i] = pick;
-            taken[pick] = 1;
-            if (i == 0) std::fill(distance.begin(), distance.end(), infinity);
-            cosines(rows, inverse, pick, row.data());
-            for (int64_t j = 0; j < count; ++j)
-                distance[j] = taken[j] ? -infinity : std::min(distance[j], 1.0f - row[j]);
-        }
-    });
-}
-
-// owner [count]: which of the groups that are left a row belongs to. See merge_alike in reference.py.
-int ps_merge_alike(const float* data, int64_t stride, int64_t count, int64_t width, int64_t groups, int64_t per_round,
-                   int64_t* places, int64_t* owner) {
-    return guarded([&] {
-        std::vector<float> sums(count * width), panels, block;
-        for (int64_t i = 0; i < count; ++i) std::copy_n(data + i * stride, width, sums.data() + i * width);
-        const Rows rows{sums.data(), width, count, width};
-        std::vector<float> inverse = inverse_norms(rows);
-        std::vector<int64_t> alive(count), even, odd, joined(count, -1);
-        for (int64_t i = 0; i < count; ++i) alive[i] = i;
-        std::vector<Match> found;
-        while (static_cast<int64_t>(alive.size()) > groups) {
-            split(alive, even, odd);
-            const int64_t left = alive.size();
-            const int64_t pairs = std::min({per_round, left - groups, left / 2});
-            pack(rows, odd, inverse, panels);
-            match(rows, even, odd.size(), inverse, panels, block, found);
-            rank(found, pairs);
-            for (int64_t p = 0; p < pairs; ++p) {
-                const int64_t source = even[found[p].proposer], target = odd[found[p].partner];
-                joined[source] = target;
-                float* into = sums.data() + target * width;
-                for (int64_t k = 0; k < width; ++k) into[k] += rows[source][k];
-                inverse[target] = inverse_norms({into, width, 1, width})[0];
-            }
-            alive.erase(std::remove_if(alive.begin(), alive.end(), [&](int64_t i) { return joined[i] >= 0; }),
-                        alive.end());
-        }
-        std::vector<int64_t> number(count);
-        for (int64_t g = 0; g < groups; ++g) number[places[g] = alive[g]] = g;
-        for (int64_t i = 0; i < count; ++i) {
-            int64_t last = i;
-            while (joined[last] >= 0) last = joined[last];
-            owner[i] = number[last];
+            live.drop(pick);
+            if (i == 0) std::fill(distance.begin(), distance.end(), -NONE);
+            distance[pick] = NONE;
+            cosines(rows, inverse, pick, live, similar.data());
+            for (int64_t a = 0; a < live.count(); ++a)
+                distance[live.which[a]] = std::min(distance[live.which[a]], 1.0f - similar[a]);
         }
     });
 }
@@ -323,86 +317,15 @@ int ps_closest(const float* data, int64_t stride, int64_t count, int64_t width, 
     });
 }
 
-// found [choosers, keep]: the rows most like each of the rows `among`, ascending. See most_alike in reference.py.
-int ps_most_alike(const float* data, int64_t stride, int64_t count, int64_t width, const int64_t* among,
-                  int64_t choosers, int64_t keep, int64_t* found) {
-    return guarded([&] {
-        const Rows rows{data, stride, count, width};
-        const std::vector<float> inverse = inverse_norms(rows);
-        std::vector<float> similar(count);
-        for (int64_t a = 0; a < choosers; ++a) {
-            cosines(rows, inverse, among[a], similar.data());
-            similar[among[a]] = -std::numeric_limits<float>::infinity();
-            ps_top_k(similar.data(), count, 1, count, keep, found + a * keep);
-        }
-    });
-}
-
-// weights [keep, count]: what the rows `kept` are made of, of which `centres` take in others; both ascending. See
-// fold_alike in reference.py.
-int ps_fold_alike(const float* data, int64_t stride, int64_t count, int64_t width, const int64_t* kept, int64_t keep,
-                  const int64_t* centres, int64_t middle, float own, float share, float* weights) {
-    return guarded([&] {
-        const Rows rows{data, stride, count, width};
-        const std::vector<float> inverse = inverse_norms(rows);
-        const std::vector<int64_t> into(centres, centres + middle);
-        std::vector<int64_t> others, members(middle, 0), places(middle);
-        for (int64_t i = 0, next = 0; i < count; ++i)
-            if (next < keep && kept[next] == i)
-                ++next;
-            else
-                others.push_back(i);
-        std::vector<float> panels, block;
-        std::vector<Match> found;
-        pack(rows, into, inverse, panels);
-        match(rows, others, middle, inverse, panels, block, found);
-        std::fill_n(weights, keep * count, 0.0f);
-        for (int64_t k = 0; k < keep; ++k) weights[k * count + kept[k]] = 1.0f;
-        for (const Match& one : found) ++members[one.partner];
-        for (int64_t m = 0; m < middle; ++m) {
-            places[m] = std::lower_bound(kept, kept + keep, centres[m]) - kept;
-            if (members[m]) weights[places[m] * count + centres[m]] = own;
-        }
-        for (const Match& one : found)
-            weights[places[one.partner] * count + others[one.proposer]] = share / static_cast<float>(members[one.partner]);
-    });
-}
-
-// out [merged, width]: sums of rows by weights [merged, count], most of which are 0. See merge_rows in reference.py.
-int ps_merge_rows(const float* data, int64_t stride, int64_t count, int64_t width, const float* weights,
-                  int64_t weight_stride, int64_t merged, float* out) {
-    for (int64_t m = 0; m < merged; ++m) {
-        const float* weight = weights + m * weight_stride;
-        float* __restrict into = out + m * width;
-        bool empty = true;
-        for (int64_t j = 0; j < count; ++j) {
-            const float scale = weight[j];
-            if (scale == 0.0f) continue;
-            const float* __restrict row = data + j * stride;
-            if (empty)
-                for (int64_t k = 0; k < width; ++k) into[k] = scale * row[k];
-            else
-                for (int64_t k = 0; k < width; ++k) into[k] += scale * row[k];
-            empty = false;
-        }
-        if (empty) std::fill_n(into, width, 0.0f);
-    }
-    return 0;
-}
-
 // indices [rows, keep]: the largest of each row of [rows, count], ascending; of equals the earlier are taken.
 int ps_top_k(const float* scores, int64_t stride, int64_t rows, int64_t count, int64_t keep, int64_t* indices) {
     return guarded([&] {
-        std::vector<float> values(count);
+        Best best;
         for (int64_t r = 0; r < rows && keep > 0; ++r) {
-            const float* row = scores + r * stride;
-            std::copy_n(row, count, values.begin());
-            std::nth_element(values.begin(), values.begin() + keep - 1, values.end(), std::greater<float>());
-            const float least = values[keep - 1];
-            int64_t equals = keep, *next = indices + r * keep;
-            for (int64_t i = 0; i < count; ++i) equals -= row[i] > least;
+            best.choose(scores + r * stride, count, keep);
+            int64_t* next = indices + r * keep;
             for (int64_t i = 0; i < count; ++i)
-                if (row[i] > least || (row[i] == least && equals-- > 0)) *next++ = i;
+                if (best.take(i)) *next++ = i;
         }
     });
 }
