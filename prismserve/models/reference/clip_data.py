@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from prismserve.models.reference.clip_questions import Actor, ask
 from prismserve.models.reference.clips import FRAMES, TOKENS, Clip
-from prismserve.models.reference.data import Packed, Scenes, Span
-from prismserve.models.reference.heads import Hits
+from prismserve.models.reference.data import Packed, Scenes, Span, columns
+from prismserve.models.reference.heads import Hits, TokenClassifiers
 from prismserve.models.reference.vocabulary import COLOR_NAMES, SHAPES
 
 PREFIX_TOKENS: Final = 1 + TOKENS + 1
@@ -106,15 +106,11 @@ class Asker(Scenes):
             tokens=torch.stack([clip.tokens[at] for clip, at in zip(clips, slots, strict=True)]),
             places=places,
             labels={name: torch.stack([clip.labels[name] for clip in clips]).gather(1, places) for name in names},
-            ids=torch.tensor([row.ids for row in rows]),
-            positions=torch.tensor([row.positions for row in rows]),
-            segments=torch.tensor([row.segments for row in rows]),
-            targets=torch.tensor([row.targets for row in rows]),
-            spans=tuple(tuple(row.spans) for row in rows),
+            **columns(rows),
         )
 
 
-class ClipHeads(torch.nn.Module):
+class ClipHeads(TokenClassifiers):
     """Linear classifiers of the clip's tokens inside the decoder, for training only; background counts 0.15."""
 
     CLASSES: ClassVar[dict[str, int]] = {
@@ -125,19 +121,13 @@ class ClipHeads(torch.nn.Module):
         "motion": len(_DIRECTIONS) + 2,
     }
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(width)
-        self.out = torch.nn.Linear(width, sum(self.CLASSES.values()))
-
     def forward(self, tokens: torch.Tensor, truth: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Hits]:
         """[B, K, D] decoder states to the summed cross-entropy and the share right off the background."""
-        guesses = torch.split(self.out(self.norm(tokens.float())), list(self.CLASSES.values()), -1)
         shown = truth["shape"] > 0
         weight = torch.where(shown, 1.0, 0.15).reshape(-1)
         losses, hits = [], {}
-        for (name, classes), guess in zip(self.CLASSES.items(), guesses, strict=True):
-            each = F.cross_entropy(guess.reshape(-1, classes), truth[name].reshape(-1), reduction="none")
+        for name, guess in self.guesses(tokens).items():
+            each = F.cross_entropy(guess.flatten(0, -2), truth[name].reshape(-1), reduction="none")
             losses.append((each * weight).sum() / weight.sum())
             hits[name] = float((guess.argmax(-1) == truth[name])[shown].float().mean()) if shown.any() else 1.0
         return torch.stack(losses).sum(), hits

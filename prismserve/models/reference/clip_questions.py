@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from prismserve.models.reference.questions import Question
+from prismserve.models.reference.questions import Question, article, worded
 from prismserve.models.reference.vocabulary import COLOR_NAMES, SHAPES
 
 __all__ = ["CLIP_FAMILIES", "STATIC_FAMILIES", "Actor", "Question", "ask"]
@@ -88,8 +88,7 @@ def ask(rng: np.random.Generator, actors: Sequence[Actor]) -> list[Question]:
 
 
 def _word(rng: np.random.Generator, family: str, answer: str, template: str = "", **slots: str) -> Question:
-    options = TEMPLATES[template or family]
-    return family, options[rng.integers(len(options))].format(**slots), answer
+    return worded(rng, TEMPLATES[template or family], family, answer, slots)
 
 
 def _attributes(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Question]:
@@ -103,13 +102,13 @@ def _attributes(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Q
 def _existence(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Question]:
     """One yes, about the shape seen in the fewest frames, and one no that keeps a true attribute when it can."""
     names = {one.name for one in actors}
-    yield _word(rng, "exist", "yes", r=_article(min(actors, key=lambda one: sum(one.seen)).name))
+    yield _word(rng, "exist", "yes", r=article(min(actors, key=lambda one: sum(one.seen)).name))
     for _ in range(20):
         known = actors[int(rng.integers(len(actors)))]
         color, shape = str(rng.choice(COLOR_NAMES)), str(rng.choice(SHAPES))
         name = f"{known.color} {shape}" if rng.random() < 0.5 else f"{color} {known.shape}"
         if name not in names:
-            yield _word(rng, "exist", "no", r=_article(name))
+            yield _word(rng, "exist", "no", r=article(name))
             return
 
 
@@ -125,7 +124,3 @@ def _frames(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Quest
     """How often two of them are seen: one that is not there all the time first."""
     ranked = sorted(actors, key=lambda one: all(one.seen))
     yield from [_word(rng, "frames", str(sum(one.seen)), r=one.name) for one in ranked[:2]]
-
-
-def _article(text: str) -> str:
-    return ("an " if text[0] in "aeiou" else "a ") + text

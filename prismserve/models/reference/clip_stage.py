@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from prismserve.models.reference.clip_questions import CLIP_FAMILIES
 from prismserve.models.reference.clips import HELD_OUT_SEED, SIDE, TOKENS, Clip
 from prismserve.models.reference.data import attention_inputs
 from prismserve.models.reference.forward import COMPUTE, blocks, embed, final_norm, project, vision
-from prismserve.models.reference.heads import Hits
-from prismserve.models.reference.stages import count_right, take_answer_loss
+from prismserve.models.reference.heads import Hits, told
+from prismserve.models.reference.optimizer import descend, set_rate
+from prismserve.models.reference.stages import count_right, shares, take_answer_loss
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Trainer:
         options, done = self.options, self.progress
         start = time.monotonic() - done.seconds
         if not done.step:
-            logger.info("clips 0 validation %s", _format(self.validate()))
+            logger.info("clips 0 validation %s", told(self.validate()))
         while True:
             done.seconds = time.monotonic() - start
             share = max((done.step + 1) / options.steps, done.seconds / 60 / options.minutes)
@@ -154,31 +154,25 @@ class Trainer:
             if done.step % options.report_steps == 0 or share >= 1:
                 recent = statistics.fmean(done.losses[-options.report_steps :])
                 speed = done.step / (time.monotonic() - start)
-                logger.info("clips %d loss %.4f %s %.2f steps/s", done.step, recent, _format(hits), speed)
+                logger.info("clips %d loss %.4f %s %.2f steps/s", done.step, recent, told(hits), speed)
             if done.step % options.save_steps == 0 or share >= 1:
                 score = self.validate()
                 mean = statistics.fmean(score.values())
-                logger.info("clips %d validation mean %.3f %s", done.step, mean, _format(score))
+                logger.info("clips %d validation mean %.3f %s", done.step, mean, told(score))
                 self._save()
             if share >= 1:
                 return done
 
     def _step(self, share: float) -> tuple[float, Hits]:
         options, step = self.options, self.progress.step
-        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        factor = min(1.0, (step + 1) / options.warmup_steps) * cosine
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["base"] * factor
+        set_rate(self._optimizer.param_groups, step, share, options.warmup_steps)
         rng = np.random.default_rng([step, 5])
         visible = TOKENS if step % options.whole_steps == options.whole_steps - 1 else options.visible
         batch = self.asker.ask_about(self._clips(rng), visible, rng, single=False)
         middle, last = forward(self.model, batch)
         answer_loss = take_answer_loss(self._lm, last, batch)
         auxiliary_loss, hits = self.heads(middle, batch.labels)
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(answer_loss + options.auxiliary * auxiliary_loss)
-        torch.nn.utils.clip_grad_norm_([p for g in self._optimizer.param_groups for p in g["params"]], 1.0)
-        self._optimizer.step()
+        descend(answer_loss + options.auxiliary * auxiliary_loss, [self._optimizer])
         return answer_loss.item(), hits
 
     def _clips(self, rng: np.random.Generator) -> list[Watched]:
@@ -202,7 +196,7 @@ class Trainer:
             for first in range(0, len(self._validation), size):
                 batch = self.asker.ask_about(self._validation[first : first + size], TOKENS, rng, single=True)
                 count_right(self._lm, forward(self.model, batch)[1], batch, right, total)
-        return {family: right[family] / max(1, total[family]) for family in CLIP_FAMILIES}
+        return shares(right, total, CLIP_FAMILIES)
 
     def _save(self) -> None:
         """What was trained, and everything a later run needs but the clips; the state takes its place at once."""
@@ -233,7 +227,3 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         logger.info("going on after step %d", state["step"])
         return Progress(state["step"], state["seconds"], state["losses"])
-
-
-def _format(values: Hits) -> str:
-    return " ".join(f"{name} {value:.2f}" for name, value in values.items())

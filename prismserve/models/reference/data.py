@@ -58,6 +58,17 @@ class Packed:
         self.targets += [IGNORE] * missing
 
 
+def columns(rows: Sequence[Packed]) -> dict[str, Any]:
+    """The fields of a batch that rows of conversations fill: ``ids``, ``positions``, ``segments``, ``targets``, ``spans``."""
+    return {
+        "ids": torch.tensor([row.ids for row in rows]),
+        "positions": torch.tensor([row.positions for row in rows]),
+        "segments": torch.tensor([row.segments for row in rows]),
+        "targets": torch.tensor([row.targets for row in rows]),
+        "spans": tuple(tuple(row.spans) for row in rows),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Some scenes.
@@ -165,11 +176,7 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         return Batch(
             pixels=torch.from_numpy(np.stack(pixels)),
             labels={k: torch.from_numpy(np.stack([one[k] for one in labels])) for k in labels[0]},
-            ids=torch.tensor([row.ids for row in rows]),
-            positions=torch.tensor([row.positions for row in rows]),
-            segments=torch.tensor([row.segments for row in rows]),
-            targets=torch.tensor([row.targets for row in rows]),
-            spans=tuple(tuple(row.spans) for row in rows),
+            **columns(rows),
         )
 
     def __iter__(self) -> Iterator[Batch]:

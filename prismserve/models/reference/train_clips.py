@@ -12,17 +12,14 @@ that serves, ``OUT/decoder.safetensors`` is what training changed.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import torch
-
-from prismserve.core.errors import PrismServeError
 from prismserve.models.reference.clip_model import TRAINED_FILE, load, write_checkpoint
 from prismserve.models.reference.clip_stage import ClipOptions, Trainer
+from prismserve.models.reference.command import carry_out
 
 _SMOKE: Final = ClipOptions(steps=4, batch=3, fresh=2, warmup_steps=1, report_steps=1, save_steps=2, validation_clips=2)
 
@@ -72,15 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error("--steps, --batch, --first-seed, --threads and --minutes must be above 0")
     if not (parsed.lr > 0 and 1 <= parsed.fresh <= parsed.batch):
         command.error("--lr must be above 0 and --fresh between 1 and --batch")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    torch.set_num_threads(parsed.threads)
-    torch.manual_seed(0)
-    try:
-        run(parsed)
-    except PrismServeError as error:
-        sys.stderr.write(f"{error.message}\n")
-        return 1
-    return 0
+    return carry_out(run, parsed)
 
 
 if __name__ == "__main__":
