@@ -4,10 +4,11 @@
 
 The model is the reference model trained for clips (``prismserve.models.reference.train_clips``), served as the
 LLaVA-OneVision checkpoint it is: frames, tokens of each frame, visual method, engine. Clips are encoded once; everything
-behind the encoder is what a worker does. ``random``, ``uniform`` and ``pool`` are controls, ``oracle`` is the clip's own
-labels: tokens that show a shape first. Methods that act inside the decoder appear as ``prefill/<name>``. Families that
-the model does not answer without compression are left out and listed. Writes ``video_quality.md`` and ``.json`` after
-every row; ``--resume`` measures only the rows that are not there yet.
+behind the encoder is what a worker does. ``off`` is always measured, and alone with ``--methods off``. ``random``,
+``uniform`` and ``pool`` are controls, ``oracle`` is the clip's own labels: tokens that show a shape first. Methods that
+act inside the decoder appear as ``prefill/<name>``. Families that the model does not answer without compression are left
+out and listed. Writes ``video_quality.md`` and ``.json`` after every row; ``--resume`` measures only the rows that are
+not there yet.
 """
 
 from __future__ import annotations
@@ -343,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args(argv)
-    chosen, keeps = budgets_of(parser, arguments, methods(), TOKENS)
+    chosen, keeps = budgets_of(parser, arguments, ("off", *methods()), TOKENS)
     if not arguments.weights.is_file():
         parser.error(f"--weights: {arguments.weights} does not exist")
     digest_of_weights = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from prismserve.models.reference.clip_questions import Actor, ask
+from prismserve.models.reference.clip_questions import Actor, ask, drill
 from prismserve.models.reference.clips import FRAMES, TOKENS, Clip
 from prismserve.models.reference.data import Packed, Scenes, Span, columns
 from prismserve.models.reference.heads import Hits, TokenClassifiers
@@ -82,12 +82,15 @@ class ClipBatch:
 class Asker(Scenes):
     """Puts conversations about clips into rows."""
 
-    text_tokens = 104
+    text_tokens: ClassVar[int] = 104
+    first: ClassVar[frozenset[str]] = frozenset({"order", "when", "direction"})
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, 0, 1)
 
-    def ask_about(self, clips: Sequence[Watched], visible: int, rng: np.random.Generator, *, single: bool) -> ClipBatch:
+    def ask_about(
+        self, clips: Sequence[Watched], visible: int, rng: np.random.Generator, *, single: bool, drilled: float = 0.0
+    ) -> ClipBatch:
         """Ask about clips of which so many tokens are seen.
 
         Args:
@@ -95,8 +98,12 @@ class Asker(Scenes):
             visible: K; tokens that show a shape come first, background drawn at random fills up.
             rng: draws questions, wordings, order and background.
             single: no follow-up turns.
+            drilled: share of the clips that are also asked :func:`~clip_questions.drill`.
         """
-        rows: list[Packed] = [self.pack(ask(rng, clip.actors), rng, single=single) for clip in clips]
+        rows: list[Packed] = []
+        for clip in clips:
+            more = drill(clip.actors) if drilled and rng.random() < drilled else []
+            rows.append(self.pack([*more, *ask(rng, clip.actors)], rng, single=single))
         noise = torch.from_numpy(rng.random((len(clips), TOKENS)))
         shown = torch.stack([clip.labels["shape"] > 0 for clip in clips])
         places = (noise + 2 * shown).argsort(1, descending=True)[:, :visible].sort(1).values

@@ -21,7 +21,7 @@ import torch
 from prismserve.core.errors import ConfigurationError
 from prismserve.models.reference.clip_data import PREFIX_TOKENS, Asker, ClipBatch, ClipHeads, Watched, labels
 from prismserve.models.reference.clip_model import TRAINED_FILE, save_trained
-from prismserve.models.reference.clip_questions import CLIP_FAMILIES
+from prismserve.models.reference.clip_questions import CLIP_FAMILIES, drill
 from prismserve.models.reference.clips import HELD_OUT_SEED, SIDE, TOKENS, Clip
 from prismserve.models.reference.data import attention_inputs
 from prismserve.models.reference.forward import COMPUTE, blocks, embed, final_norm, project, vision
@@ -51,6 +51,8 @@ class ClipOptions:
         auxiliary: weight of the heads' losses.
         visible: tokens of a clip in most steps.
         whole_steps: every so many steps all tokens are there.
+        drilled: share of the clips that are also asked what is learnt last.
+        choice: of so many clips drawn, every other new one is that about which most of it can be asked.
         save_steps: validate and save this often, and at the end.
         validation_clips: how many clips to validate on.
     """
@@ -64,10 +66,17 @@ class ClipOptions:
     auxiliary: float = 0.2
     visible: int = 64
     whole_steps: int = 8
+    drilled: float = 0.5
+    choice: int = 3
     first_seed: int = 1_000_000
     report_steps: int = 50
     save_steps: int = 200
     validation_clips: int = 32
+
+    def seeds(self, index: int) -> range:
+        """Of the new clip with this number, from 0: one seed, or those to choose from."""
+        first = self.first_seed + index * self.choice
+        return range(first, first + (self.choice if index % 2 else 1))
 
 
 @dataclass(slots=True)
@@ -85,9 +94,13 @@ class Progress:
     losses: list[float]
 
 
-def watch(model: Any, seed: int) -> Watched:
+def richest(seeds: range) -> Clip:
+    """The clip of several about which most different things are asked in :func:`drill`; the first of those."""
+    return max((Clip(seed) for seed in seeds), key=lambda clip: len({(q[0], q[2]) for q in drill(clip.actors)}))
+
+
+def watch(model: Any, clip: Clip) -> Watched:
     """A clip as the decoder gets it, whatever is trained."""
-    clip = Clip(seed)
     m = model.model
     with torch.no_grad():
         patches = vision(m.vision_tower, torch.from_numpy(clip.frames))[0]
@@ -168,7 +181,7 @@ class Trainer:
         set_rate(self._optimizer.param_groups, step, share, options.warmup_steps)
         rng = np.random.default_rng([step, 5])
         visible = TOKENS if step % options.whole_steps == options.whole_steps - 1 else options.visible
-        batch = self.asker.ask_about(self._clips(rng), visible, rng, single=False)
+        batch = self.asker.ask_about(self._clips(rng), visible, rng, single=False, drilled=options.drilled)
         middle, last = forward(self.model, batch)
         answer_loss = take_answer_loss(self._lm, last, batch)
         auxiliary_loss, hits = self.heads(middle, batch.labels)
@@ -177,8 +190,8 @@ class Trainer:
 
     def _clips(self, rng: np.random.Generator) -> list[Watched]:
         """Some new clips, and others at random from those seen before; at first all are new."""
-        options, seed = self.options, self.options.first_seed + self.progress.step * self.options.fresh
-        fresh = [watch(self.model, seed + i) for i in range(options.fresh)]
+        options, first = self.options, self.progress.step * self.options.fresh
+        fresh = [watch(self.model, richest(options.seeds(first + i))) for i in range(options.fresh)]
         self._bank = [*self._bank[-_BANK_CLIPS + options.fresh :], *fresh]
         picks = rng.integers(len(self._bank), size=options.batch - options.fresh)
         return [*fresh, *(self._bank[i] for i in picks)]
@@ -189,7 +202,7 @@ class Trainer:
         total: collections.Counter[str] = collections.Counter()
         if not self._validation:
             seeds = range(VALIDATION_SEED, VALIDATION_SEED + self.options.validation_clips)
-            self._validation = [watch(self.model, seed) for seed in seeds]
+            self._validation = [watch(self.model, Clip(seed)) for seed in seeds]
         rng = np.random.default_rng(0)
         size = self.options.batch
         with torch.no_grad():

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
             rate=arguments.lr,
             first_seed=arguments.first_seed,
             fresh=arguments.fresh,
+            drilled=arguments.drilled,
+            choice=arguments.choice,
         )
     Trainer(model, tokenizer, out, options).train()
     write_checkpoint(out, out / TRAINED_FILE)
@@ -57,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--lr", type=float, default=default.rate, help="peak rate (default: %(default)s)")
     out.add_argument("--first-seed", type=int, default=default.first_seed, help="first clip (default: %(default)s)")
     out.add_argument("--fresh", type=int, default=default.fresh, help="new ones among them (default: %(default)s)")
+    out.add_argument(
+        "--drilled", type=float, default=default.drilled, help="clips asked about time (default: %(default)s)"
+    )
+    out.add_argument("--choice", type=int, default=default.choice, help="clips to choose from (default: %(default)s)")
     out.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     return out
 
@@ -65,10 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, seed, run; 1 with one sentence on standard error if the arguments cannot be carried out."""
     command = parser()
     parsed = command.parse_args(arguments)
-    if min(parsed.steps, parsed.batch, parsed.first_seed, parsed.threads) < 1 or not parsed.minutes > 0:
-        command.error("--steps, --batch, --first-seed, --threads and --minutes must be above 0")
-    if not (parsed.lr > 0 and 1 <= parsed.fresh <= parsed.batch):
-        command.error("--lr must be above 0 and --fresh between 1 and --batch")
+    counts = (parsed.steps, parsed.batch, parsed.first_seed, parsed.choice, parsed.threads)
+    if min(counts) < 1 or not parsed.minutes > 0:
+        command.error("--steps, --batch, --first-seed, --choice, --threads and --minutes must be above 0")
+    if not (parsed.lr > 0 and 1 <= parsed.fresh <= parsed.batch and 0 <= parsed.drilled <= 1):
+        command.error("--lr must be above 0, --fresh between 1 and --batch, and --drilled between 0 and 1")
     return carry_out(run, parsed)
 
 
