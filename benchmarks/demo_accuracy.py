@@ -19,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -104,6 +104,18 @@ class Score:
         half = _Z_95 / (1 + spread) * math.sqrt(self.share * (1 - self.share) / self.asked + spread / (4 * self.asked))
         # At 0 and 1 the bound is exact; rounding must not put it on the wrong side of the share.
         return max(0.0, min(self.share, center - half)), min(1.0, max(self.share, center + half))
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """For a JSON document."""
+        low, high = self.interval
+        return {"right": self.right, "asked": self.asked, "share": self.share, "low": low, "high": high}
+
+    @classmethod
+    def total(cls, scores: Iterable[Score]) -> Score:
+        """All of them together."""
+        pairs = [(score.right, score.asked) for score in scores]
+        return cls(sum(right for right, _ in pairs), sum(asked for _, asked in pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,18 +217,13 @@ def markdown(rows: Sequence[Row], conditions: str) -> str:
 
 def document(rows: Sequence[Row], conditions: str) -> dict[str, Any]:
     """The results as a JSON document."""
-
-    def score(value: Score) -> dict[str, Any]:
-        low, high = value.interval
-        return {"right": value.right, "asked": value.asked, "share": value.share, "low": low, "high": high}
-
     return {
         "conditions": conditions,
         "rows": [
             {
                 "setting": dataclasses.asdict(row.setting),
-                "total": score(row.total),
-                "families": {family: score(value) for family, value in row.families.items()},
+                "total": row.total.document,
+                "families": {family: score.document for family, score in row.families.items()},
                 "ttft_p50_ms": row.ttft_p50_ms,
                 "kv_bytes_sent_mean": row.kv_bytes_sent_mean,
                 "visual_tokens_mean": row.visual_tokens_mean,

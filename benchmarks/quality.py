@@ -26,22 +26,19 @@ from typing import Final
 import numpy as np
 import torch
 
-from benchmarks.demo_accuracy import SEED_FIRST, VISUAL_TOKENS, Question, Score, draw_questions
+from benchmarks.asking import add_budgets, answered, budgets_of, request_about, scored
+from benchmarks.demo_accuracy import SEED_FIRST, VISUAL_TOKENS, Question, draw_questions
 from benchmarks.quality_report import INSIDE, Row, one_line, rows_of, updated, write
 from prismserve.compression import loader
 from prismserve.compression.apply import apply_visual
 from prismserve.compression.base import Need, Share, VisualFeatures
-from prismserve.core.errors import PrismServeError
 from prismserve.core.hashing import digest, pack_ids
 from prismserve.core.types import (
     CompressionPlan,
     MediaInput,
     MediaSegment,
     MethodSpec,
-    Prompt,
     Request,
-    SamplingParams,
-    TextSegment,
 )
 from prismserve.engine.config import EngineConfig
 from prismserve.engine.engine import Engine
@@ -160,20 +157,14 @@ class Bench:
     def request(self, name: str, question: Question, key: bytes, plan: CompressionPlan, kept: int) -> Request:
         """One question about one picture."""
         rendered = self.processor.render_chat([ChatMessage("user", (ImageSlot(0), question.text))])
-        at = next(i for i, item in enumerate(rendered) if isinstance(item, ImageSlot))
-        before, after = (tuple(i for i in part if isinstance(i, int)) for part in (rendered[:at], rendered[at + 1 :]))
-        segments = [TextSegment(before), MediaSegment(0, key, kept, VISUAL_TOKENS), TextSegment(after)]
-        root = digest("quality", plan.visual.fingerprint(), plan.prefill.fingerprint())
-        return Request(
-            request_id=name,
-            attempt=0,
-            namespace=root,
-            wire_namespace=root,
-            prompt=Prompt(tuple(segment for segment in segments if segment.tokens)),
-            media=(self.pictures[question.seed].media,),
-            sampling=SamplingParams(max_tokens=_ANSWER_TOKENS_MAX, temperature=0.0),
-            compression=plan,
-            scoring_token_ids=self.scoring_ids(question.text),
+        return request_about(
+            name,
+            rendered,
+            (self.pictures[question.seed].media, MediaSegment(0, key, kept, VISUAL_TOKENS)),
+            plan,
+            self.scoring_ids(question.text),
+            namespace="quality",
+            max_tokens=_ANSWER_TOKENS_MAX,
         )
 
     # ---- one method at one budget ----------------------------------------------------------------------------
@@ -202,12 +193,7 @@ class Bench:
         # The first question about a picture leaves its prefix to the others.
         for wave in (first, others):
             answers.update(answered(engine, wave))
-        right = dict.fromkeys(FAMILIES, 0)
-        asked = dict.fromkeys(FAMILIES, 0)
-        for index, question in enumerate(self.questions):
-            asked[question.family] += 1
-            right[question.family] += self.processor.decode(answers[str(index)]).strip() == question.answer
-        row.families = {name: Score(right[name], asked[name]) for name in FAMILIES}
+        row.families = scored(self.processor, self.questions, answers, FAMILIES)
         row.cost_ms = 0.0 if method.startswith(INSIDE) else statistics.median(costs)
         row.kv_bytes = statistics.fmean(self._kv_bytes(engine, plan, one) for one in (*first, *others))
         row.ttft_ms = self._ttft_ms(method, spec, plan, kept)
@@ -260,27 +246,6 @@ def plan_of(method: str, keep: int) -> tuple[MethodSpec | None, CompressionPlan,
     return spec, CompressionPlan(visual=spec), str(chosen.share)
 
 
-def answered(engine: Engine, requests: Sequence[Request], left: dict[str, int] | None = None) -> dict[str, list[int]]:
-    """Tokens of each request; PrismServeError of the first that failed.
-
-    Args:
-        engine: with room for all.
-        requests: to answer.
-        left: filled with the visual tokens left behind the last cut of a method inside the decoder.
-    """
-    answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        engine.submit(request, worker="local")
-    while engine.has_work:
-        for output in engine.step():
-            if output.error:
-                raise PrismServeError(output.error)
-            answers[output.request_id] += output.token_ids
-            if left is not None and output.report is not None and output.report.visual_tokens_by_cut:
-                left[output.request_id] = output.report.visual_tokens_by_cut[-1]
-    return answers
-
-
 def methods() -> tuple[str, ...]:
     """Every method that reduces visual tokens, controls first."""
     visual = [name for name in loader.names("visual") if name != "none" and loader.visual_method(name).training_free]
@@ -302,37 +267,18 @@ def cells(chosen: Sequence[str], keeps: Sequence[int]) -> Iterator[tuple[str, in
             yield method, keep
 
 
-def chosen_of(asked: str | None, known: Sequence[str]) -> tuple[str, ...]:
-    """The methods named, or all of them; ArgumentTypeError for one that is not known."""
-    if asked is None:
-        return tuple(known)
-    names = tuple(asked.split(","))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        message = f"unknown methods {', '.join(unknown)}; available: {', '.join(known)}"
-        raise argparse.ArgumentTypeError(message)
-    return names
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.quality``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--per-family", type=int, default=100, help="questions of each family (default: 100)")
     parser.add_argument("--seed", type=int, default=SEED_FIRST, help=f"first scene (default: {SEED_FIRST})")
-    parser.add_argument("--methods", help="names separated by commas (default: all)")
-    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="counts of 196 (default: %(default)s)")
+    add_budgets(parser, KEEPS)
     parser.add_argument(
         "--update", action="store_true", help="keep the rows of OUT/quality.json that are not measured now"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args(argv)
-    try:
-        chosen = chosen_of(arguments.methods, methods())
-        keeps = tuple(int(keep) for keep in arguments.keeps.split(","))
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        parser.error(str(error))
-    if arguments.per_family < 1 or not all(1 <= keep <= VISUAL_TOKENS for keep in keeps):
-        parser.error(f"--per-family must be at least 1, and --keeps between 1 and {VISUAL_TOKENS}")
+    chosen, keeps = budgets_of(parser, arguments, methods(), VISUAL_TOKENS)
     before: list[Row] = []
     conditions = ""
     if arguments.update:

@@ -46,8 +46,7 @@ class Row:
     @property
     def total(self) -> Score:
         """All questions together."""
-        scores = self.families.values()
-        return Score(sum(score.right for score in scores), sum(score.asked for score in scores))
+        return Score.total(self.families.values())
 
 
 def markdown(rows: Sequence[Row], conditions: str) -> str:
@@ -90,11 +89,6 @@ def markdown(rows: Sequence[Row], conditions: str) -> str:
 
 def document(rows: Sequence[Row], conditions: str) -> dict[str, Any]:
     """The results as a JSON document."""
-
-    def score(value: Score) -> dict[str, Any]:
-        low, high = value.interval
-        return {"right": value.right, "asked": value.asked, "share": value.share, "low": low, "high": high}
-
     return {
         "conditions": conditions,
         "rows": [
@@ -102,8 +96,8 @@ def document(rows: Sequence[Row], conditions: str) -> dict[str, Any]:
                 "method": row.method,
                 "keep": row.keep,
                 "share": row.share,
-                "total": score(row.total),
-                "families": {name: score(value) for name, value in row.families.items()},
+                "total": row.total.document,
+                "families": {name: score.document for name, score in row.families.items()},
                 "cost_ms": row.cost_ms,
                 "ttft_ms": None if math.isnan(row.ttft_ms) else row.ttft_ms,
                 "kv_bytes": row.kv_bytes,

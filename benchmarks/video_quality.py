@@ -1,36 +1,40 @@
 """Exact match on held-out clips by token budget and question family, for every method that acts on videos.
 
-    python -m benchmarks.video_quality [--per-family N] [--methods a,b] [--keeps 98,49,24] [--weights FILE] [--out FOLDER]
+    python -m benchmarks.video_quality [--per-family N] [--methods a,b] [--keeps 98,49,24] [--weights FILE] [--resume] [--out FOLDER]
 
 The model is the reference model trained for clips (``prismserve.models.reference.train_clips``), served as the
 LLaVA-OneVision checkpoint it is: frames, tokens of each frame, visual method, engine. Clips are encoded once; everything
-behind the encoder is what a worker does. ``random``, ``uniform`` and ``pool`` are controls, ``oracle`` is the clip's own
-labels: tokens that show a shape first. Methods that act inside the decoder appear as ``prefill/<name>``. Families that
-the model does not answer without compression are left out and listed. Writes ``video_quality.md`` and ``.json``.
+behind the encoder is what a worker does. ``off`` is always measured, and alone with ``--methods off``. ``random``,
+``uniform`` and ``pool`` are controls, ``oracle`` is the clip's own labels: tokens that show a shape first. Methods that
+act inside the decoder appear as ``prefill/<name>``. Families that the model does not answer without compression are left
+out and listed. Writes ``video_quality.md`` and ``.json`` after every row; ``--resume`` measures only the rows that are
+not there yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from benchmarks.demo_accuracy import Question, Score
-from benchmarks.quality import ORACLE, answered, cells, chosen_of, plan_of
+from benchmarks.asking import add_budgets, answered, budgets_of, request_about, scored
+from benchmarks.demo_accuracy import Question
+from benchmarks.quality import ORACLE, cells, plan_of
 from benchmarks.quality import methods as image_methods
 from benchmarks.quality_report import INSIDE
 from benchmarks.video import methods as frame_methods
-from benchmarks.video_quality_report import Family, VideoRow, one_line, write
+from benchmarks.video_quality_report import Basis, Family, VideoRow, families_of, one_line, rows_of, write
 from prismserve.compression import loader
 from prismserve.compression.base import Share
 from prismserve.core.hashing import digest, pack_ids
@@ -40,11 +44,7 @@ from prismserve.core.types import (
     MediaInput,
     MediaSegment,
     MethodSpec,
-    Prompt,
     Request,
-    SamplingParams,
-    Segment,
-    TextSegment,
 )
 from prismserve.engine.config import EngineConfig
 from prismserve.engine.engine import Engine
@@ -180,23 +180,15 @@ class Bench:
 
     def request(self, name: str, question: Question, key: bytes, plan: CompressionPlan, kept: int) -> Request:
         """One question about one clip."""
-        message = ChatMessage("user", (VideoSlot(0), question.text))
-        rendered = self.processor.render_chat([message], {0: _TIMES})
-        at = next(i for i, item in enumerate(rendered) if isinstance(item, VideoSlot))
-        before, after = (tuple(i for i in part if isinstance(i, int)) for part in (rendered[:at], rendered[at + 1 :]))
-        media = MediaSegment(0, key, kept, _SLOTS)
-        segments: list[Segment] = [TextSegment(before), media, TextSegment(after)]
-        root = digest("video-quality", plan.visual.fingerprint(), plan.prefill.fingerprint())
-        return Request(
-            request_id=name,
-            attempt=0,
-            namespace=root,
-            wire_namespace=root,
-            prompt=Prompt(tuple(segment for segment in segments if segment.tokens)),
-            media=(self.clips[question.seed].media,),
-            sampling=SamplingParams(max_tokens=_ANSWER_TOKENS_MAX, temperature=0.0),
-            compression=plan,
-            scoring_token_ids=self.scoring_ids(question.text),
+        rendered = self.processor.render_chat([ChatMessage("user", (VideoSlot(0), question.text))], {0: _TIMES})
+        return request_about(
+            name,
+            rendered,
+            (self.clips[question.seed].media, MediaSegment(0, key, kept, _SLOTS)),
+            plan,
+            self.scoring_ids(question.text),
+            namespace="video-quality",
+            max_tokens=_ANSWER_TOKENS_MAX,
         )
 
     # ---- one method at one budget ----------------------------------------------------------------------------
@@ -250,12 +242,7 @@ class Bench:
         left: dict[str, int] = {}
         for wave in waves:
             answers.update(answered(engine, wave, left))
-        right: Counter[str] = Counter()
-        asked: Counter[str] = Counter()
-        for index, question in enumerate(self.questions):
-            asked[question.family] += 1
-            right[question.family] += self.processor.decode(answers[str(index)]).strip() == question.answer
-        families = {name: Score(right[name], asked[name]) for name in CLIP_FAMILIES if asked[name]}
+        families = scored(self.processor, self.questions, answers, CLIP_FAMILIES)
         inside = method.startswith(INSIDE)
         # The token behind the last frame is no token of a frame.
         tokens = statistics.fmean(left.values()) if inside else statistics.fmean(kept) - (_SLOTS - TOKENS)
@@ -303,7 +290,7 @@ def dear_last(chosen: Sequence[str], keeps: Sequence[int]) -> list[tuple[str, in
     return sorted(pairs, key=lambda pair: video_plan(*pair)[2] == Share.QUERY or pair[0].startswith(INSIDE))
 
 
-def families_of(questions: Sequence[Question], off: VideoRow, least: float) -> list[Family]:
+def judged(questions: Sequence[Question], off: VideoRow, least: float) -> list[Family]:
     """What is known of each family before any compression: its score, the best guess, whether it is measured on.
 
     A family is measured on where ``least`` of it is right and that is more than guessing gives; with ``least`` 0 always.
@@ -317,49 +304,71 @@ def families_of(questions: Sequence[Question], off: VideoRow, least: float) -> l
     return out
 
 
+def measured(
+    bench: Bench,
+    pairs: Sequence[tuple[str, int]],
+    before: Sequence[VideoRow],
+    families: Sequence[Family],
+    basis: Basis,
+    folder: Path,
+) -> Iterator[VideoRow]:
+    """Measure the rows that are not among those ``before``, and write them all after every one: a run may be cut off."""
+    used = [family.name for family in families if family.used]
+    bench.questions = [question for question in bench.questions if question.family in used]
+    conditions = (
+        f"Reference model trained for clips, in float32 on one CPU thread, greedy: {FRAMES} frames of 7 x 7 tokens. "
+        f"{basis.per_family} questions a family about {len(bench.clips)} clips from seed {basis.seed}."
+    )
+    rows = list(before) if used else []
+    write(rows, families, conditions, basis, folder)
+    there = {(row.method, row.keep) for row in rows}
+    for method, keep in pairs if used else ():
+        if (method, keep) not in there:
+            rows.append(bench.measure(method, keep))
+            write(rows, families, conditions, basis, folder)
+            yield rows[-1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.video_quality``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.video_quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--per-family", type=int, default=200, help="questions of each family (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="first clip (default: %(default)s)")
-    parser.add_argument("--methods", help="names separated by commas (default: all)")
-    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="counts of 196 (default: %(default)s)")
+    add_budgets(parser, KEEPS)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="decoder.safetensors (default: %(default)s)")
     parser.add_argument(
         "--least", type=float, default=LEAST, help="share right a family needs without compression; 0 for all"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that OUT/video_quality.json has of the same questions"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args(argv)
-    try:
-        chosen = chosen_of(arguments.methods, methods())
-        keeps = tuple(int(keep) for keep in arguments.keeps.split(","))
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        parser.error(str(error))
-    if arguments.per_family < 1 or not all(1 <= keep <= TOKENS for keep in keeps):
-        parser.error(f"--per-family must be at least 1, and --keeps between 1 and {TOKENS}")
+    chosen, keeps = budgets_of(parser, arguments, ("off", *methods()), TOKENS)
     if not arguments.weights.is_file():
         parser.error(f"--weights: {arguments.weights} does not exist")
+    digest_of_weights = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()
+    basis = Basis(arguments.per_family, arguments.seed, arguments.least, digest_of_weights)
+    before = arguments.out / "video_quality.json"
+    rows: list[VideoRow] = []
+    families: list[Family] = []
+    if arguments.resume and before.is_file():
+        known = json.loads(before.read_text(encoding="utf-8"))
+        if known.get("basis") != asdict(basis):
+            parser.error(f"--resume: {before} is about other questions or weights")
+        rows, families = rows_of(known), families_of(known)
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         directory = write_checkpoint(Path(folder), arguments.weights)
-        bench = Bench(directory, draw_questions(arguments.per_family, arguments.seed))
-        off = bench.measure("off", TOKENS)
-        families = families_of(bench.questions, off, arguments.least)
-        used = [family.name for family in families if family.used]
-        print(f"{time.monotonic() - began:6.0f} s  {TOKENS:3d}  {'off':24} {one_line(off)}", flush=True)
-        bench.questions = [question for question in bench.questions if question.family in used]
-        conditions = (
-            f"Reference model trained for clips, in float32 on one CPU thread, greedy: {FRAMES} frames of 7 x 7 tokens. "
-            f"{arguments.per_family} questions a family about {len(bench.clips)} clips from seed {arguments.seed}."
-        )
-        rows = [off.only(used)] if used else []
-        write(rows, families, conditions, arguments.out)
-        for method, keep in dear_last(chosen, keeps) if used else ():
-            rows.append(bench.measure(method, keep))
-            # Written after every row: a run may be cut off.
-            write(rows, families, conditions, arguments.out)
-            print(f"{time.monotonic() - began:6.0f} s  {keep:3d}  {method:24} {one_line(rows[-1])}", flush=True)
+        bench = Bench(directory, draw_questions(basis.per_family, basis.seed))
+        if not families:
+            off = bench.measure("off", TOKENS)
+            families = judged(bench.questions, off, basis.least)
+            rows = [off.only([family.name for family in families if family.used])]
+            print(f"{time.monotonic() - began:6.0f} s  {TOKENS:3d}  {'off':24} {one_line(off)}", flush=True)
+        for row in measured(bench, dear_last(chosen, keeps), rows, families, basis, arguments.out):
+            print(f"{time.monotonic() - began:6.0f} s  {row.keep:3d}  {row.method:24} {one_line(row)}", flush=True)
     print(f"written to {arguments.out} after {time.monotonic() - began:.0f} s")
     return 0
 

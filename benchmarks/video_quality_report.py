@@ -16,6 +16,23 @@ RANDOM: Final = "random"
 
 
 @dataclass(frozen=True, slots=True)
+class Basis:
+    """What rows must share to stand in one table.
+
+    Attributes:
+        per_family: questions of each family.
+        seed: the first clip.
+        least: share right a family needs without compression.
+        weights: SHA-256 of the decoder's file.
+    """
+
+    per_family: int
+    seed: int
+    least: float
+    weights: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A family of questions before any compression.
 
@@ -53,8 +70,7 @@ class VideoRow:
     @property
     def total(self) -> Score:
         """All questions together."""
-        scores = self.families.values()
-        return Score(sum(score.right for score in scores), sum(score.asked for score in scores))
+        return Score.total(self.families.values())
 
     def only(self, names: Sequence[str]) -> VideoRow:
         """The same row for some families."""
@@ -121,17 +137,13 @@ def markdown(rows: Sequence[VideoRow], families: Sequence[Family], conditions: s
     return "\n".join(lines) + "\n"
 
 
-def document(rows: Sequence[VideoRow], families: Sequence[Family], conditions: str) -> dict[str, Any]:
+def document(rows: Sequence[VideoRow], families: Sequence[Family], conditions: str, basis: Basis) -> dict[str, Any]:
     """The results as a JSON document."""
-
-    def score(value: Score) -> dict[str, Any]:
-        low, high = value.interval
-        return {"right": value.right, "asked": value.asked, "share": value.share, "low": low, "high": high}
-
     return {
         "conditions": conditions,
+        "basis": dataclasses.asdict(basis),
         "families": {
-            one.name: {"off": score(one.score), "most_common_answer": one.guess, "used": one.used} for one in families
+            one.name: {"off": one.score.document, "most_common_answer": one.guess, "used": one.used} for one in families
         },
         "rows": [
             {
@@ -139,8 +151,8 @@ def document(rows: Sequence[VideoRow], families: Sequence[Family], conditions: s
                 "keep": row.keep,
                 "share": row.share,
                 "tokens": row.tokens,
-                "total": score(row.total) if row.families else None,
-                "families": {name: score(value) for name, value in row.families.items()},
+                "total": row.total.document if row.families else None,
+                "families": {name: score.document for name, score in row.families.items()},
                 "cost_ms": row.cost_ms,
             }
             for row in rows
@@ -148,12 +160,35 @@ def document(rows: Sequence[VideoRow], families: Sequence[Family], conditions: s
     }
 
 
-def write(rows: Sequence[VideoRow], families: Sequence[Family], conditions: str, folder: Path) -> None:
+def rows_of(document: Mapping[str, Any]) -> list[VideoRow]:
+    """The rows of a JSON document that :func:`document` made."""
+    return [
+        VideoRow(
+            row["method"],
+            row["keep"],
+            row["share"],
+            {name: Score(score["right"], score["asked"]) for name, score in row["families"].items()},
+            row["tokens"],
+            row["cost_ms"],
+        )
+        for row in document["rows"]
+    ]
+
+
+def families_of(document: Mapping[str, Any]) -> list[Family]:
+    """The families of a JSON document that :func:`document` made."""
+    return [
+        Family(name, Score(one["off"]["right"], one["off"]["asked"]), one["most_common_answer"], used=one["used"])
+        for name, one in document["families"].items()
+    ]
+
+
+def write(rows: Sequence[VideoRow], families: Sequence[Family], conditions: str, basis: Basis, folder: Path) -> None:
     """Write the page and the JSON document into ``folder``, large budgets first."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: -row.keep)
     (folder / "video_quality.md").write_text(markdown(rows, families, conditions), encoding="utf-8")
-    text = json.dumps(document(rows, families, conditions), indent=1) + "\n"
+    text = json.dumps(document(rows, families, conditions, basis), indent=1) + "\n"
     (folder / "video_quality.json").write_text(text, encoding="utf-8")
 
 

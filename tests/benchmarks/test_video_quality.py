@@ -28,8 +28,9 @@ def test_every_video_method_and_control_is_measured():
     assert listed[3] == "oracle"
     assert {
         *("holitom", "dycoke", "fastvid", "chatunivi", "longvu", "dynamicvlm", "llamavid", "vqtoken", "flexselect"),
-        *("divprune", "prefill/framefusion", "prefill/sttm", "prefill/holitom_inner"),
+        *("divprune", "dpp", "salience", "cdpruner", "prefill/framefusion", "prefill/sttm", "prefill/holitom_inner"),
     } <= set(listed)
+    assert video_quality.video_plan("cdpruner", 24)[2] == "QRY"
 
 
 def test_questions_are_of_held_out_clips_and_as_many_as_asked_for():
@@ -42,8 +43,8 @@ def test_a_family_counts_only_where_the_model_beats_the_most_common_answer():
     questions = [Question(1, "count", "?", "2")] * 8 + [Question(1, "count", "?", "3")] * 2
     low = VideoRow("off", 196, "AGN", {"count": Score(8, 10)}, 196.0, 0.0)
     high = VideoRow("off", 196, "AGN", {"count": Score(980, 1000)}, 196.0, 0.0)
-    assert [one.used for one in video_quality.families_of(questions, low, 0.5)] == [False]
-    assert [one.used for one in video_quality.families_of(questions, high, 0.5)] == [True]
+    assert [one.used for one in video_quality.judged(questions, low, 0.5)] == [False]
+    assert [one.used for one in video_quality.judged(questions, high, 0.5)] == [True]
 
 
 def test_the_page_says_which_rows_are_apart_from_random():
@@ -80,6 +81,17 @@ def test_it_measures_asks_and_writes(weights, tmp_path, capsys):
     assert {row["tokens"] for row in rows if row["method"] in {"random", "oracle", "flexselect"}} == {49.0}
     assert "most common answer" in (tmp_path / "video_quality.md").read_text()
     assert "written to" in capsys.readouterr().out
+    arguments += ["--out", str(tmp_path), "--resume"]
+    assert video_quality.main([*arguments, "--methods", "random,dpp,holitom"]) == 0
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[:-1]] == ["dpp"]
+    resumed = json.loads((tmp_path / "video_quality.json").read_text())
+    assert resumed["rows"][:-1] == rows
+    assert {key: resumed[key] for key in ("conditions", "basis", "families")} == {
+        key: document[key] for key in ("conditions", "basis", "families")
+    }
+    with pytest.raises(SystemExit):
+        video_quality.main([*arguments, "--seed", str(HELD_OUT_SEED + 1)])
+    assert "other questions or weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from prismserve.models.reference.clip_questions import Actor, ask
+from prismserve.models.reference.clip_questions import Actor, ask, drill
 from prismserve.models.reference.clips import FRAMES, TOKENS, Clip
-from prismserve.models.reference.data import Packed, Scenes, Span
-from prismserve.models.reference.heads import Hits
+from prismserve.models.reference.data import Packed, Scenes, Span, columns
+from prismserve.models.reference.heads import Hits, TokenClassifiers
 from prismserve.models.reference.vocabulary import COLOR_NAMES, SHAPES
 
 PREFIX_TOKENS: Final = 1 + TOKENS + 1
@@ -82,12 +82,15 @@ class ClipBatch:
 class Asker(Scenes):
     """Puts conversations about clips into rows."""
 
-    text_tokens = 104
+    text_tokens: ClassVar[int] = 104
+    first: ClassVar[frozenset[str]] = frozenset({"order", "when", "direction"})
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, 0, 1)
 
-    def ask_about(self, clips: Sequence[Watched], visible: int, rng: np.random.Generator, *, single: bool) -> ClipBatch:
+    def ask_about(
+        self, clips: Sequence[Watched], visible: int, rng: np.random.Generator, *, single: bool, drilled: float = 0.0
+    ) -> ClipBatch:
         """Ask about clips of which so many tokens are seen.
 
         Args:
@@ -95,8 +98,12 @@ class Asker(Scenes):
             visible: K; tokens that show a shape come first, background drawn at random fills up.
             rng: draws questions, wordings, order and background.
             single: no follow-up turns.
+            drilled: share of the clips that are also asked :func:`~clip_questions.drill`.
         """
-        rows: list[Packed] = [self.pack(ask(rng, clip.actors), rng, single=single) for clip in clips]
+        rows: list[Packed] = []
+        for clip in clips:
+            more = drill(clip.actors) if drilled and rng.random() < drilled else []
+            rows.append(self.pack([*more, *ask(rng, clip.actors)], rng, single=single))
         noise = torch.from_numpy(rng.random((len(clips), TOKENS)))
         shown = torch.stack([clip.labels["shape"] > 0 for clip in clips])
         places = (noise + 2 * shown).argsort(1, descending=True)[:, :visible].sort(1).values
@@ -106,15 +113,11 @@ class Asker(Scenes):
             tokens=torch.stack([clip.tokens[at] for clip, at in zip(clips, slots, strict=True)]),
             places=places,
             labels={name: torch.stack([clip.labels[name] for clip in clips]).gather(1, places) for name in names},
-            ids=torch.tensor([row.ids for row in rows]),
-            positions=torch.tensor([row.positions for row in rows]),
-            segments=torch.tensor([row.segments for row in rows]),
-            targets=torch.tensor([row.targets for row in rows]),
-            spans=tuple(tuple(row.spans) for row in rows),
+            **columns(rows),
         )
 
 
-class ClipHeads(torch.nn.Module):
+class ClipHeads(TokenClassifiers):
     """Linear classifiers of the clip's tokens inside the decoder, for training only; background counts 0.15."""
 
     CLASSES: ClassVar[dict[str, int]] = {
@@ -125,19 +128,13 @@ class ClipHeads(torch.nn.Module):
         "motion": len(_DIRECTIONS) + 2,
     }
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(width)
-        self.out = torch.nn.Linear(width, sum(self.CLASSES.values()))
-
     def forward(self, tokens: torch.Tensor, truth: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Hits]:
         """[B, K, D] decoder states to the summed cross-entropy and the share right off the background."""
-        guesses = torch.split(self.out(self.norm(tokens.float())), list(self.CLASSES.values()), -1)
         shown = truth["shape"] > 0
         weight = torch.where(shown, 1.0, 0.15).reshape(-1)
         losses, hits = [], {}
-        for (name, classes), guess in zip(self.CLASSES.items(), guesses, strict=True):
-            each = F.cross_entropy(guess.reshape(-1, classes), truth[name].reshape(-1), reduction="none")
+        for name, guess in self.guesses(tokens).items():
+            each = F.cross_entropy(guess.flatten(0, -2), truth[name].reshape(-1), reduction="none")
             losses.append((each * weight).sum() / weight.sum())
             hits[name] = float((guess.argmax(-1) == truth[name])[shown].float().mean()) if shown.any() else 1.0
         return torch.stack(losses).sum(), hits

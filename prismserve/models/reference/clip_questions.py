@@ -8,10 +8,10 @@ from typing import Final
 
 import numpy as np
 
-from prismserve.models.reference.questions import Question
+from prismserve.models.reference.questions import Question, article, worded
 from prismserve.models.reference.vocabulary import COLOR_NAMES, SHAPES
 
-__all__ = ["CLIP_FAMILIES", "STATIC_FAMILIES", "Actor", "Question", "ask"]
+__all__ = ["CLIP_FAMILIES", "STATIC_FAMILIES", "Actor", "Question", "ask", "drill"]
 
 CLIP_FAMILIES: Final = ("color", "shape", "exist", "direction", "order", "when", "frames", "count")
 STATIC_FAMILIES: Final = ("color", "shape")
@@ -87,9 +87,24 @@ def ask(rng: np.random.Generator, actors: Sequence[Actor]) -> list[Question]:
     return out
 
 
+def drill(actors: Sequence[Actor]) -> list[Question]:
+    """What is learnt last, for training: order, part and direction of every shape, each in all its wordings.
+
+    A clip has less than one of each among its questions, and the words of the answers are new to the bundled decoder: it
+    has to learn to spell ``middle`` and ``down`` letter by letter, where colors and numbers are one token.
+    """
+    asked = [("direction", "direction", one.name, one.direction) for one in actors if one.direction]
+    asked += [("when", "when", one.name, one.part) for one in actors if one.part]
+    asked += [("order", template, "", answer) for template, answer in _edges(actors)]
+    return [
+        (family, wording.format(r=name), answer)
+        for family, template, name, answer in asked
+        for wording in TEMPLATES[template]
+    ]
+
+
 def _word(rng: np.random.Generator, family: str, answer: str, template: str = "", **slots: str) -> Question:
-    options = TEMPLATES[template or family]
-    return family, options[rng.integers(len(options))].format(**slots), answer
+    return worded(rng, TEMPLATES[template or family], family, answer, slots)
 
 
 def _attributes(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Question]:
@@ -103,29 +118,30 @@ def _attributes(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Q
 def _existence(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Question]:
     """One yes, about the shape seen in the fewest frames, and one no that keeps a true attribute when it can."""
     names = {one.name for one in actors}
-    yield _word(rng, "exist", "yes", r=_article(min(actors, key=lambda one: sum(one.seen)).name))
+    yield _word(rng, "exist", "yes", r=article(min(actors, key=lambda one: sum(one.seen)).name))
     for _ in range(20):
         known = actors[int(rng.integers(len(actors)))]
         color, shape = str(rng.choice(COLOR_NAMES)), str(rng.choice(SHAPES))
         name = f"{known.color} {shape}" if rng.random() < 0.5 else f"{color} {known.shape}"
         if name not in names:
-            yield _word(rng, "exist", "no", r=_article(name))
+            yield _word(rng, "exist", "no", r=article(name))
             return
 
 
 def _order(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Question]:
-    """Which is there before all others, and which comes after them, where there is one such."""
+    for template, answer in _edges(actors):
+        yield _word(rng, "order", answer, template)
+
+
+def _edges(actors: Sequence[Actor]) -> Iterator[tuple[str, str]]:
+    """Which is there before all others, and which comes after them, where there is one such: template and name."""
     onsets = [one.onset for one in actors]
     for template, edge in (("order_first", min(onsets)), ("order_last", max(onsets))):
         if len(actors) > 1 and onsets.count(edge) == 1:
-            yield _word(rng, "order", actors[onsets.index(edge)].name, template)
+            yield template, actors[onsets.index(edge)].name
 
 
 def _frames(rng: np.random.Generator, actors: Sequence[Actor]) -> Iterator[Question]:
     """How often two of them are seen: one that is not there all the time first."""
     ranked = sorted(actors, key=lambda one: all(one.seen))
     yield from [_word(rng, "frames", str(sum(one.seen)), r=one.name) for one in ranked[:2]]
-
-
-def _article(text: str) -> str:
-    return ("an " if text[0] in "aeiou" else "a ") + text

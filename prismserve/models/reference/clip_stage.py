@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ import torch
 from prismserve.core.errors import ConfigurationError
 from prismserve.models.reference.clip_data import PREFIX_TOKENS, Asker, ClipBatch, ClipHeads, Watched, labels
 from prismserve.models.reference.clip_model import TRAINED_FILE, save_trained
-from prismserve.models.reference.clip_questions import CLIP_FAMILIES
+from prismserve.models.reference.clip_questions import CLIP_FAMILIES, drill
 from prismserve.models.reference.clips import HELD_OUT_SEED, SIDE, TOKENS, Clip
 from prismserve.models.reference.data import attention_inputs
 from prismserve.models.reference.forward import COMPUTE, blocks, embed, final_norm, project, vision
-from prismserve.models.reference.heads import Hits
-from prismserve.models.reference.stages import count_right, take_answer_loss
+from prismserve.models.reference.heads import Hits, told
+from prismserve.models.reference.optimizer import descend, set_rate
+from prismserve.models.reference.stages import count_right, shares, take_answer_loss
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class ClipOptions:
         auxiliary: weight of the heads' losses.
         visible: tokens of a clip in most steps.
         whole_steps: every so many steps all tokens are there.
+        drilled: share of the clips that are also asked what is learnt last.
+        choice: of so many clips drawn, every other new one is that about which most of it can be asked.
         save_steps: validate and save this often, and at the end.
         validation_clips: how many clips to validate on.
     """
@@ -64,10 +66,17 @@ class ClipOptions:
     auxiliary: float = 0.2
     visible: int = 64
     whole_steps: int = 8
+    drilled: float = 0.5
+    choice: int = 3
     first_seed: int = 1_000_000
     report_steps: int = 50
     save_steps: int = 200
     validation_clips: int = 32
+
+    def seeds(self, index: int) -> range:
+        """Of the new clip with this number, from 0: one seed, or those to choose from."""
+        first = self.first_seed + index * self.choice
+        return range(first, first + (self.choice if index % 2 else 1))
 
 
 @dataclass(slots=True)
@@ -85,9 +94,13 @@ class Progress:
     losses: list[float]
 
 
-def watch(model: Any, seed: int) -> Watched:
+def richest(seeds: range) -> Clip:
+    """The clip of several about which most different things are asked in :func:`drill`; the first of those."""
+    return max((Clip(seed) for seed in seeds), key=lambda clip: len({(q[0], q[2]) for q in drill(clip.actors)}))
+
+
+def watch(model: Any, clip: Clip) -> Watched:
     """A clip as the decoder gets it, whatever is trained."""
-    clip = Clip(seed)
     m = model.model
     with torch.no_grad():
         patches = vision(m.vision_tower, torch.from_numpy(clip.frames))[0]
@@ -144,7 +157,7 @@ class Trainer:
         options, done = self.options, self.progress
         start = time.monotonic() - done.seconds
         if not done.step:
-            logger.info("clips 0 validation %s", _format(self.validate()))
+            logger.info("clips 0 validation %s", told(self.validate()))
         while True:
             done.seconds = time.monotonic() - start
             share = max((done.step + 1) / options.steps, done.seconds / 60 / options.minutes)
@@ -154,37 +167,31 @@ class Trainer:
             if done.step % options.report_steps == 0 or share >= 1:
                 recent = statistics.fmean(done.losses[-options.report_steps :])
                 speed = done.step / (time.monotonic() - start)
-                logger.info("clips %d loss %.4f %s %.2f steps/s", done.step, recent, _format(hits), speed)
+                logger.info("clips %d loss %.4f %s %.2f steps/s", done.step, recent, told(hits), speed)
             if done.step % options.save_steps == 0 or share >= 1:
                 score = self.validate()
                 mean = statistics.fmean(score.values())
-                logger.info("clips %d validation mean %.3f %s", done.step, mean, _format(score))
+                logger.info("clips %d validation mean %.3f %s", done.step, mean, told(score))
                 self._save()
             if share >= 1:
                 return done
 
     def _step(self, share: float) -> tuple[float, Hits]:
         options, step = self.options, self.progress.step
-        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        factor = min(1.0, (step + 1) / options.warmup_steps) * cosine
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["base"] * factor
+        set_rate(self._optimizer.param_groups, step, share, options.warmup_steps)
         rng = np.random.default_rng([step, 5])
         visible = TOKENS if step % options.whole_steps == options.whole_steps - 1 else options.visible
-        batch = self.asker.ask_about(self._clips(rng), visible, rng, single=False)
+        batch = self.asker.ask_about(self._clips(rng), visible, rng, single=False, drilled=options.drilled)
         middle, last = forward(self.model, batch)
         answer_loss = take_answer_loss(self._lm, last, batch)
         auxiliary_loss, hits = self.heads(middle, batch.labels)
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(answer_loss + options.auxiliary * auxiliary_loss)
-        torch.nn.utils.clip_grad_norm_([p for g in self._optimizer.param_groups for p in g["params"]], 1.0)
-        self._optimizer.step()
+        descend(answer_loss + options.auxiliary * auxiliary_loss, [self._optimizer])
         return answer_loss.item(), hits
 
     def _clips(self, rng: np.random.Generator) -> list[Watched]:
         """Some new clips, and others at random from those seen before; at first all are new."""
-        options, seed = self.options, self.options.first_seed + self.progress.step * self.options.fresh
-        fresh = [watch(self.model, seed + i) for i in range(options.fresh)]
+        options, first = self.options, self.progress.step * self.options.fresh
+        fresh = [watch(self.model, richest(options.seeds(first + i))) for i in range(options.fresh)]
         self._bank = [*self._bank[-_BANK_CLIPS + options.fresh :], *fresh]
         picks = rng.integers(len(self._bank), size=options.batch - options.fresh)
         return [*fresh, *(self._bank[i] for i in picks)]
@@ -195,14 +202,14 @@ class Trainer:
         total: collections.Counter[str] = collections.Counter()
         if not self._validation:
             seeds = range(VALIDATION_SEED, VALIDATION_SEED + self.options.validation_clips)
-            self._validation = [watch(self.model, seed) for seed in seeds]
+            self._validation = [watch(self.model, Clip(seed)) for seed in seeds]
         rng = np.random.default_rng(0)
         size = self.options.batch
         with torch.no_grad():
             for first in range(0, len(self._validation), size):
                 batch = self.asker.ask_about(self._validation[first : first + size], TOKENS, rng, single=True)
                 count_right(self._lm, forward(self.model, batch)[1], batch, right, total)
-        return {family: right[family] / max(1, total[family]) for family in CLIP_FAMILIES}
+        return shares(right, total, CLIP_FAMILIES)
 
     def _save(self) -> None:
         """What was trained, and everything a later run needs but the clips; the state takes its place at once."""
@@ -233,7 +240,3 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         logger.info("going on after step %d", state["step"])
         return Progress(state["step"], state["seconds"], state["losses"])
-
-
-def _format(values: Hits) -> str:
-    return " ".join(f"{name} {value:.2f}" for name, value in values.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ TEXT_TOKENS: Final = 150
 IGNORE: Final = -100
 _FOLLOW_UP_SHARE: Final = 0.25
 _FOLLOW_UP_OFFSET_MAX: Final = 60
-_RARE: Final = frozenset({"number", "word", "caption"})
 
 Span = tuple[str, int, int]
 """(family, first slot, slots) of one answer in the target."""
@@ -56,6 +55,17 @@ class Packed:
         self.positions += [0] * missing
         self.segments += [-1] * missing
         self.targets += [IGNORE] * missing
+
+
+def columns(rows: Sequence[Packed]) -> dict[str, Any]:
+    """The fields of a batch that rows of conversations fill: ``ids``, ``positions``, ``segments``, ``targets``, ``spans``."""
+    return {
+        "ids": torch.tensor([row.ids for row in rows]),
+        "positions": torch.tensor([row.positions for row in rows]),
+        "segments": torch.tensor([row.segments for row in rows]),
+        "targets": torch.tensor([row.targets for row in rows]),
+        "spans": tuple(tuple(row.spans) for row in rows),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +118,9 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         stop: first seed left out; None goes on for ever. A bounded set is for evaluation and has no follow-up turns.
     """
 
-    text_tokens = TEXT_TOKENS
+    text_tokens: ClassVar[int] = TEXT_TOKENS
+    first: ClassVar[frozenset[str]] = frozenset({"number", "word", "caption"})
+    """Families that are rare, or hard to learn: they have a place in a row before the others."""
 
     def __init__(self, tokenizer: Any | None, first_seed: int, batch: int, stop: int | None = None) -> None:
         self.tokenizer, self.first_seed, self.batch, self.stop = tokenizer, first_seed, batch, stop
@@ -120,7 +132,7 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         return self._encoded[string]
 
     def pack(self, questions: Sequence[Question], rng: np.random.Generator, *, single: bool) -> Packed:
-        """Put conversations into one row, rare families first while there is room.
+        """Put conversations into one row while there is room, those of the families ``first`` before all others.
 
         Args:
             questions: of one scene.
@@ -130,7 +142,7 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         shuffled = [questions[i] for i in rng.permutation(len(questions))]
         turns = []
         room = self.text_tokens
-        for family, question, answer in sorted(shuffled, key=lambda q: q[0] not in _RARE):
+        for family, question, answer in sorted(shuffled, key=lambda q: q[0] not in self.first):
             turn = (family, [*self._encode(question), ASSISTANT], [*self._encode(answer), END])
             need = len(turn[1]) + len(turn[2]) + 1
             if need <= room:
@@ -165,11 +177,7 @@ class Scenes(torch.utils.data.IterableDataset[Batch]):
         return Batch(
             pixels=torch.from_numpy(np.stack(pixels)),
             labels={k: torch.from_numpy(np.stack([one[k] for one in labels])) for k in labels[0]},
-            ids=torch.tensor([row.ids for row in rows]),
-            positions=torch.tensor([row.positions for row in rows]),
-            segments=torch.tensor([row.segments for row in rows]),
-            targets=torch.tensor([row.targets for row in rows]),
-            spans=tuple(tuple(row.spans) for row in rows),
+            **columns(rows),
         )
 
     def __iter__(self) -> Iterator[Batch]:

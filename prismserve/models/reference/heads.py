@@ -20,6 +20,11 @@ Hits = dict[str, float]
 """Share of right guesses per name, for the log."""
 
 
+def told(values: Hits) -> str:
+    """Shares as the log tells them."""
+    return " ".join(f"{name} {value:.2f}" for name, value in values.items())
+
+
 def describe(scene: Scene) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
     """What the class token is asked for.
 
@@ -51,7 +56,23 @@ def attention_auc(score: torch.Tensor, front: torch.Tensor) -> torch.Tensor:
     return ((rank * front).sum(-1) - n * (n - 1) / 2) / (n * (front.shape[-1] - n))
 
 
-class DenseHead(torch.nn.Module):
+class TokenClassifiers(torch.nn.Module):
+    """Linear classifiers of normalised tokens, a class number for each name of ``CLASSES``."""
+
+    CLASSES: ClassVar[dict[str, int]]
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(width)
+        self.out = torch.nn.Linear(width, sum(self.CLASSES.values()))
+
+    def guesses(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[..., C] tokens to logits [..., classes] by name."""
+        logits = torch.split(self.out(self.norm(tokens.float())), list(self.CLASSES.values()), -1)
+        return dict(zip(self.CLASSES, logits, strict=True))
+
+
+class DenseHead(TokenClassifiers):
     """A linear classifier of every patch; background counts 0.15 as much as the rest."""
 
     CLASSES: ClassVar[dict[str, int]] = {
@@ -65,17 +86,11 @@ class DenseHead(torch.nn.Module):
         "col": GRID + 1,
     }
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(width)
-        self.out = torch.nn.Linear(width, sum(self.CLASSES.values()))
-
     def forward(self, patches: torch.Tensor, labels: Labels) -> tuple[torch.Tensor, Hits]:
         """[B, 196, C] patches to the summed cross-entropy and the share right off the background."""
-        logits = torch.split(self.out(self.norm(patches.float())), list(self.CLASSES.values()), -1)
         losses, hits = [], {}
-        for (name, classes), guess in zip(self.CLASSES.items(), logits, strict=True):
-            truth = labels[name]
+        for name, guess in self.guesses(patches).items():
+            truth, classes = labels[name], self.CLASSES[name]
             weight = torch.ones(classes)
             weight[0] = 0.15
             losses.append(F.cross_entropy(guess.reshape(-1, classes), truth.reshape(-1), weight=weight))

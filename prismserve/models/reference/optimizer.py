@@ -1,12 +1,33 @@
-"""Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and heads."""
+"""Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and heads; rates and steps of any stage."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from prismserve.models.reference.heads import Heads
+
+
+def set_rate(groups: Iterable[dict[str, Any]], step: int, progress: float, warmup_steps: int) -> None:
+    """Linear warm-up, then cosine to 2 % of each group's ``base`` as ``progress`` goes from 0 to 1."""
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    factor = min(1.0, (step + 1) / warmup_steps) * cosine
+    for group in groups:
+        group["lr"] = group["base"] * factor
+
+
+def descend(loss: torch.Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """One step down the gradient of ``loss``, clipped to norm 1 over all parameters together."""
+    for part in optimizers:
+        part.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    parameters = [p for part in optimizers for group in part.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for part in optimizers:
+        part.step()
 
 
 class Optimizers:
@@ -34,20 +55,11 @@ class Optimizers:
             torch.optim.Muon(muon, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         ]
         self._groups = [group for part in self._parts for group in part.param_groups]
-        self._parameters = [p for group in self._groups for p in group["params"]]
 
     def set_rate(self, step: int, progress: float, warmup_steps: int) -> None:
         """Linear warm-up, then cosine to 2 % of the peak as ``progress`` goes from 0 to 1."""
-        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        factor = min(1.0, (step + 1) / warmup_steps) * cosine
-        for group in self._groups:
-            group["lr"] = group["base"] * factor
+        set_rate(self._groups, step, progress, warmup_steps)
 
     def update(self, loss: torch.Tensor) -> None:
         """One step down the gradient of ``loss``, clipped to norm 1."""
-        for part in self._parts:
-            part.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        for part in self._parts:
-            part.step()
+        descend(loss, self._parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,12 +57,19 @@ def ask(rng: np.random.Generator, objects: Sequence[SceneObject], text_kind: str
     return out
 
 
+def worded(
+    rng: np.random.Generator, templates: tuple[str, ...], family: str, answer: str, slots: Mapping[str, str]
+) -> Question:
+    """One question in one of its wordings."""
+    return family, templates[rng.integers(len(templates))].format(**slots), answer
+
+
 def _word(rng: np.random.Generator, family: str, answer: str, template: str = "", **slots: str) -> Question:
-    options = TEMPLATES[template or family]
-    return family, options[rng.integers(len(options))].format(**slots), answer
+    return worded(rng, TEMPLATES[template or family], family, answer, slots)
 
 
-def _article(text: str) -> str:
+def article(text: str) -> str:
+    """``text`` behind its article."""
     return ("an " if text[0] in "aeiou" else "a ") + text
 
 
@@ -93,13 +100,13 @@ def _counts(rng: np.random.Generator, objects: Sequence[SceneObject]) -> Iterato
 def _existence(rng: np.random.Generator, objects: Sequence[SceneObject]) -> Iterator[Question]:
     """One yes and one no; the no keeps one true attribute when it can."""
     names = [o.name for o in objects]
-    yield _word(rng, "exist", "yes", r=_article(str(rng.choice(names))))
+    yield _word(rng, "exist", "yes", r=article(str(rng.choice(names))))
     for _ in range(20):
         mode = rng.random()
         color = str(rng.choice(COLOR_NAMES if mode < 0.4 else [o.color for o in objects]))
         shape = str(rng.choice(SHAPES if 0.4 <= mode < 0.8 else [o.shape for o in objects]))
         if f"{color} {shape}" not in names:
-            yield _word(rng, "exist", "no", r=_article(f"{color} {shape}"))
+            yield _word(rng, "exist", "no", r=article(f"{color} {shape}"))
             return
 
 
@@ -129,6 +136,6 @@ def _caption(rng: np.random.Generator, objects: Sequence[SceneObject]) -> Iterat
     gaps = np.diff([o.x for o in row])
     if len(row) > 3 or (len(row) > 1 and gaps.min() < _CAPTION_GAP_PX):
         return
-    parts = [_article(o.name) for o in row]
+    parts = [article(o.name) for o in row]
     caption = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     yield _word(rng, "caption", caption)

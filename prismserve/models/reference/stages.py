@@ -6,7 +6,7 @@ import collections
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from prismserve.models.reference.build import save
 from prismserve.models.reference.data import Conversations, Scenes, attention_inputs, thin_background
 from prismserve.models.reference.forward import COMPUTE, Seen, embed, project, text, vision
-from prismserve.models.reference.heads import Heads, Hits
+from prismserve.models.reference.heads import Heads, told
 from prismserve.models.reference.optimizer import Optimizers
 from prismserve.models.reference.scenes import HELD_OUT_SEED
 from prismserve.models.reference.vocabulary import FAMILIES
@@ -108,7 +108,7 @@ def train_vision(model: Any, options: VisionOptions) -> Heads:
         if step % options.report_steps == 0 or step == options.steps - 1:
             seconds = time.monotonic() - start
             speed = (step + 1) * options.batch / seconds
-            logger.info("vision %d loss %.3f %s %.0f img/s", step + 1, loss.item(), _format(hits), speed)
+            logger.info("vision %d loss %.3f %s %.0f img/s", step + 1, loss.item(), told(hits), speed)
     return heads
 
 
@@ -145,10 +145,10 @@ def train_joint(model: Any, heads: Heads, processor: Any, out: Path, options: Jo
         if (step + 1) % options.report_steps == 0 or last:
             recent = statistics.fmean(losses[-options.report_steps :])
             speed = (step + 1) * options.batch / (time.monotonic() - start)
-            logger.info("joint %d loss %.4f %s %.1f img/s", step + 1, recent, _format(hits), speed)
+            logger.info("joint %d loss %.4f %s %.1f img/s", step + 1, recent, told(hits), speed)
         if (step + 1) % options.save_steps == 0 or last:
             score = validate(encode, decode, model, processor.tokenizer, options)
-            logger.info("joint %d validation mean %.3f %s", step + 1, statistics.fmean(score.values()), _format(score))
+            logger.info("joint %d validation mean %.3f %s", step + 1, statistics.fmean(score.values()), told(score))
             save(model, processor, out)
         if last:
             break
@@ -212,8 +212,11 @@ def validate(encode: Encode, decode: Decode, model: Any, tokenizer: Any, options
             mask, positions = attention_inputs(batch)
             hidden = decode(encode(batch.pixels)[0], batch.ids, mask, positions)
             count_right(model.model.language_model, hidden, batch, right, total)
-    return {family: right[family] / max(1, total[family]) for family in FAMILIES}
+    return shares(right, total, FAMILIES)
 
 
-def _format(values: Hits) -> str:
-    return " ".join(f"{name} {value:.2f}" for name, value in values.items())
+def shares(
+    right: collections.Counter[str], total: collections.Counter[str], families: Iterable[str]
+) -> dict[str, float]:
+    """Right over asked of each family; 0 for one that was not asked."""
+    return {family: right[family] / max(1, total[family]) for family in families}

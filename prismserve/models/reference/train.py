@@ -30,9 +30,10 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from prismserve.core.errors import ConfigurationError, PrismServeError
+from prismserve.core.errors import ConfigurationError
 from prismserve.models.reference.ablation import ablation
 from prismserve.models.reference.build import CORPUS_SCENES, build_model, build_processor
+from prismserve.models.reference.command import carry_out
 from prismserve.models.reference.evaluate import generate_accuracy, report
 from prismserve.models.reference.forward import check_forward
 from prismserve.models.reference.heads import Heads
@@ -189,15 +190,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, seed, run; 1 with one sentence on standard error if the arguments cannot be carried out."""
     parsed = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    torch.set_num_threads(parsed.threads)
-    torch.manual_seed(0)
-    try:
-        run(parsed)
-    except PrismServeError as error:
-        sys.stderr.write(f"{error.message}\n")
-        return 1
-    return 0
+    return carry_out(run, parsed)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,14 @@ that serves, ``OUT/decoder.safetensors`` is what training changed.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import torch
-
-from prismserve.core.errors import PrismServeError
 from prismserve.models.reference.clip_model import TRAINED_FILE, load, write_checkpoint
 from prismserve.models.reference.clip_stage import ClipOptions, Trainer
+from prismserve.models.reference.command import carry_out
 
 _SMOKE: Final = ClipOptions(steps=4, batch=3, fresh=2, warmup_steps=1, report_steps=1, save_steps=2, validation_clips=2)
 
@@ -40,6 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
             rate=arguments.lr,
             first_seed=arguments.first_seed,
             fresh=arguments.fresh,
+            drilled=arguments.drilled,
+            choice=arguments.choice,
         )
     Trainer(model, tokenizer, out, options).train()
     write_checkpoint(out, out / TRAINED_FILE)
@@ -60,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--lr", type=float, default=default.rate, help="peak rate (default: %(default)s)")
     out.add_argument("--first-seed", type=int, default=default.first_seed, help="first clip (default: %(default)s)")
     out.add_argument("--fresh", type=int, default=default.fresh, help="new ones among them (default: %(default)s)")
+    out.add_argument(
+        "--drilled", type=float, default=default.drilled, help="clips asked about time (default: %(default)s)"
+    )
+    out.add_argument("--choice", type=int, default=default.choice, help="clips to choose from (default: %(default)s)")
     out.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     return out
 
@@ -68,19 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, seed, run; 1 with one sentence on standard error if the arguments cannot be carried out."""
     command = parser()
     parsed = command.parse_args(arguments)
-    if min(parsed.steps, parsed.batch, parsed.first_seed, parsed.threads) < 1 or not parsed.minutes > 0:
-        command.error("--steps, --batch, --first-seed, --threads and --minutes must be above 0")
-    if not (parsed.lr > 0 and 1 <= parsed.fresh <= parsed.batch):
-        command.error("--lr must be above 0 and --fresh between 1 and --batch")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    torch.set_num_threads(parsed.threads)
-    torch.manual_seed(0)
-    try:
-        run(parsed)
-    except PrismServeError as error:
-        sys.stderr.write(f"{error.message}\n")
-        return 1
-    return 0
+    counts = (parsed.steps, parsed.batch, parsed.first_seed, parsed.choice, parsed.threads)
+    if min(counts) < 1 or not parsed.minutes > 0:
+        command.error("--steps, --batch, --first-seed, --choice, --threads and --minutes must be above 0")
+    if not (parsed.lr > 0 and 1 <= parsed.fresh <= parsed.batch and 0 <= parsed.drilled <= 1):
+        command.error("--lr must be above 0, --fresh between 1 and --batch, and --drilled between 0 and 1")
+    return carry_out(run, parsed)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_served_clip_has_the_tokens_training_saw(checkpoint):
     inputs = Processor.from_directory(checkpoint).preprocess_video(frames, TIMES)
     (encoded,) = served.encode_images([inputs], frozenset())
     model, _ = load(checkpoint)
-    trained = watch(model, 0).tokens.float()
+    trained = watch(model, Clip(0)).tokens.float()
     with torch.no_grad():
         pixels = normalise(torch.from_numpy(frames)).permute(0, 3, 1, 2)[None]
         theirs = model.model.get_video_features(pixel_values_videos=pixels, return_dict=True).pooler_output[0]
@@ -63,7 +63,7 @@ def test_a_tower_that_keeps_its_class_token_is_refused(tmp_path):
 
 def test_training_computes_what_transformers_does_with_some_tokens_left_out(checkpoint):
     model, tokenizer = load(checkpoint)
-    clips = [watch(model, 0), watch(model, 1)]
+    clips = [watch(model, Clip(0)), watch(model, Clip(1))]
     batch = Asker(tokenizer).ask_about(clips, 50, np.random.default_rng(0), single=True)
     with torch.no_grad():
         got = forward(model, batch)[1].float()
@@ -106,7 +106,10 @@ def test_the_command_leaves_a_checkpoint_that_serves(tmp_path):
     assert np.isfinite(weight.numpy()).all()
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--minutes", "0"], ["--lr", "-1"], ["--fresh", "99"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "0"], ["--minutes", "0"], ["--lr", "-1"], ["--fresh", "99"], ["--drilled", "2"], ["--choice", "0"]],
+)
 def test_arguments_that_make_no_sense_are_refused(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_clips.main(["--out", str(tmp_path), *arguments])

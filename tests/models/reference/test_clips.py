@@ -9,8 +9,8 @@ import torch
 
 from prismserve.models.reference import drawing
 from prismserve.models.reference.clip_data import Asker, Watched, labels
-from prismserve.models.reference.clip_questions import CLIP_FAMILIES, STATIC_FAMILIES, Actor, ask
-from prismserve.models.reference.clip_stage import VALIDATION_SEED, ClipOptions
+from prismserve.models.reference.clip_questions import CLIP_FAMILIES, STATIC_FAMILIES, Actor, ask, drill
+from prismserve.models.reference.clip_stage import VALIDATION_SEED, ClipOptions, richest
 from prismserve.models.reference.clips import FRAMES, HELD_OUT_SEED, SIDE, TOKENS, Clip, make_clip
 from prismserve.models.reference.scenes import make_scene
 from prismserve.models.reference.vocabulary import COLOR_NAMES, COLORS, SHAPES, SIZE
@@ -50,7 +50,7 @@ def test_questions_do_not_depend_on_installed_photographs(monkeypatch):
 
 def test_training_never_meets_validation_or_held_out_clips():
     options = ClipOptions()
-    assert options.first_seed + options.steps * options.fresh < VALIDATION_SEED
+    assert options.seeds(options.steps * options.fresh).stop <= VALIDATION_SEED
     assert VALIDATION_SEED + options.validation_clips <= HELD_OUT_SEED
 
 
@@ -172,6 +172,55 @@ def test_a_batch_shows_every_shape_at_its_place_and_background_while_there_is_ro
         for name, truth in clip.labels.items():
             assert (batch.labels[name][row] == truth[batch.places[row]]).all()
         assert (batch.labels["shape"][row] > 0).sum() == (clip.labels["shape"] > 0).sum() < visible
+
+
+def test_no_new_clip_of_training_is_another_one_again():
+    options = ClipOptions()
+    seeds = [seed for index in range(20) for seed in options.seeds(index)]
+    assert len(set(seeds)) == len(seeds)
+    assert {len(options.seeds(index)) for index in range(20)} == {1, options.choice}
+
+
+def test_what_is_learnt_last_is_asked_of_every_shape_in_every_wording():
+    seen = [(True, False, False, False), (False, True, False, False), (True,) * 4, (False, False, False, True)]
+    names = [("circle", "red"), ("star", "blue"), ("ring", "green"), ("heart", "pink")]
+    actors = [Actor(*name, there, "") for name, there in zip(names, seen, strict=True)]
+    asked = drill([*actors, Actor("cross", "gray", (True,) * 4, "down")])
+    for family, answer in [("when", "start"), ("when", "middle"), ("when", "end"), ("direction", "down")]:
+        mine = [(question, told) for kind, question, told in asked if (kind, told) == (family, answer)]
+        assert len(set(mine)) == 2
+    assert {(question, answer) for family, question, answer in asked if family == "order"} == {
+        ("Which object is last?", "pink heart"),
+        ("What do you see last?", "pink heart"),
+    }
+
+
+def test_answers_of_the_drill_agree_with_the_questions_of_the_clip():
+    for seed in range(40):
+        clip = Clip(seed)
+        told = {(family, question): answer for family, question, answer in drill(clip.actors)}
+        asked = [q for q in clip.questions() if q[0] in {"order", "when", "direction"}]
+        assert all(told[family, question] == answer for family, question, answer in asked)
+
+
+def test_the_richest_clip_is_asked_most_different_things():
+    def variety(clip):
+        return len({(family, answer) for family, _, answer in drill(clip.actors)})
+
+    seeds = range(50, 56)
+    assert variety(richest(seeds)) == max(variety(Clip(seed)) for seed in seeds) > variety(Clip(seeds.start))
+    assert (richest(range(51, 52)).frames == Clip(51).frames).all()
+
+
+def test_a_drilled_row_has_more_about_time_and_still_fits():
+    clips = [watched(seed) for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + 8)]
+
+    def hard(drilled):
+        batch = Asker(Letters()).ask_about(clips, 80, np.random.default_rng(0), single=True, drilled=drilled)
+        assert batch.ids.shape == (len(clips), Asker.text_tokens)
+        return sum(family in Asker.first for spans in batch.spans for family, _, _ in spans)
+
+    assert hard(1.0) > hard(0.5) > hard(0.0) > 0
 
 
 def test_a_clip_is_asked_in_other_ways_when_it_comes_again():
