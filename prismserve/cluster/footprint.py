@@ -119,6 +119,41 @@ class Footprint:
                 process.kill()
 
 
+def end_processes_naming(directory: Path, inherited: tuple[str, str], timeout_s: float) -> int:
+    """End the processes whose command lines name ``directory`` or what is in it; returns how many there were.
+
+    A start that is interrupted between the birth of a daemon and the note of it leaves one that nobody else ends.
+
+    Args:
+        directory: a folder of this cluster alone.
+        inherited: name and value of an environment variable that they have from this process, as no editor or pager has
+            that somebody opened a log with.
+        timeout_s: how long they have after SIGTERM, in seconds, before SIGKILL.
+    """
+    name, value = inherited
+    found = [
+        process
+        for process in psutil.process_iter()
+        if process.pid != os.getpid() and _names(process, directory) and _environment(process).get(name) == value
+    ]
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(found, timeout_s)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout_s)
+    return len(found)
+
+
+def _names(process: psutil.Process, directory: Path) -> bool:
+    try:
+        return any(str(directory) in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def _environment(process: psutil.Process) -> dict[str, str]:
     try:
         return process.environ()

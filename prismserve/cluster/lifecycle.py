@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismserve.cluster.checks import preflight
+from prismserve.cluster.footprint import end_processes_naming
 from prismserve.cluster.ray_head import head_answers, pace_error_listener
 from prismserve.core.cores import visible_cores
 from prismserve.core.errors import ConfigurationError, DeadlineExceededError
@@ -42,8 +43,10 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 
 RAY_NAMESPACE = "prismserve"
 APP_NAME = "prismserve"
+TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the variable that holds it
 
 _REMOVE_S = 3.0
+_END_S = 3.0
 LOCAL_RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a single-machine cluster binds to loopback only
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -120,7 +123,7 @@ class Cluster:
         if self._owns_ray:
             for name, value in LOCAL_RAY_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            os.environ.setdefault(TOKEN, secrets.token_hex(32))
         import ray
 
         # From here on there may be processes of Ray, even where its start is interrupted or fails.
@@ -231,6 +234,10 @@ class Cluster:
                 # Asking a dead head to delete takes until Ray gives it up, a minute; the workers end with Ray.
                 logger.warning("the Ray head at %s does not answer: the workers end without draining", self._head)
             ray.shutdown()
+            if self._owns_ray and self._directory is not None:
+                left = end_processes_naming(self._directory, (TOKEN, os.environ[TOKEN]), _END_S)
+                if left:
+                    logger.info("%d processes of an interrupted start were ended", left)
         if self._embedded is not None:
             self._embedded.stop()
             self._embedded = None

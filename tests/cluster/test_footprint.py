@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from prismserve.cluster.footprint import MARKER, Footprint, Leftovers
+from prismserve.cluster.footprint import MARKER, Footprint, Leftovers, end_processes_naming
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 
@@ -75,3 +75,14 @@ def test_leftovers_are_described_line_by_line_and_none_as_none():
     left = Leftovers(processes=("12 raylet",), files=("/tmp/ps/ray",))
     assert left
     assert left.describe() == "process: 12 raylet\nfile: /tmp/ps/ray"
+
+
+def test_a_daemon_that_nobody_remembers_is_ended_and_a_pager_is_not(start, tmp_path):
+    named = [*SLEEP, f"--session-dir={tmp_path}/session"]
+    stubborn = [sys.executable, "-c", "import signal; signal.signal(15, signal.SIG_IGN);" + SLEEP[2], str(tmp_path)]
+    daemon, deaf = start("footprint-mine", named), start("footprint-mine", stubborn)
+    pager, elsewhere = start("", named), start("footprint-mine", [*SLEEP, f"{tmp_path.parent}/other"])
+    assert end_processes_naming(tmp_path, (MARKER, "footprint-mine"), 0.5) == 2
+    assert None not in (daemon.poll(), deaf.poll())
+    assert (pager.poll(), elsewhere.poll()) == (None, None)
+    assert end_processes_naming(tmp_path, (MARKER, "footprint-mine"), 0.5) == 0

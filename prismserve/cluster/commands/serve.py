@@ -99,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
             cluster.watch()
     except KeyboardInterrupt:
         stop.set()
+        # `python -m` ends by SIGINT if an interrupt ever passed through exec(), as of a dataclass in an import, though it was
+        # caught since. The next exec() makes Python forget it.
+        exec("")  # noqa: S102
     except PrismServeError as error:
         print(f"prismserve: {error.message}", file=sys.stderr, flush=True)
         status = EXIT_FAILED

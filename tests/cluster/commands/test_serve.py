@@ -94,6 +94,7 @@ def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     shutdown = cluster.stop()
+    assert shutdown.exit_code == 0
     assert not shutdown.leftovers, shutdown.leftovers.describe()
 
 
