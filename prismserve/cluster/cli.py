@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from typing import TYPE_CHECKING
+
+from prismserve.cluster.signals import deferred
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == chosen:  # only the chosen command is imported: `version` must not wait for torch
-            module = importlib.import_module(f"prismserve.cluster.commands.{name}")
+            with deferred(signal.SIGINT, signal.SIGTERM):
+                module = importlib.import_module(f"prismserve.cluster.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)

@@ -22,6 +22,24 @@ def handled(name: signal.Signals, handler: Callable[[int, object], NoReturn]) ->
 
 
 @contextmanager
+def deferred(*names: signal.Signals) -> Iterator[None]:
+    """Let a block end before a signal ends the process; for imports, which may swallow the exception of one.
+
+    Raises:
+        SystemExit: (on leaving) one has come; the status is the shell's for it.
+    """
+    came: list[int] = []
+    old = {name: signal.signal(name, lambda number, _frame: came.append(number)) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in old.items():
+            signal.signal(name, handler)
+    if came:
+        sys.exit(128 + came[0])
+
+
+@contextmanager
 def deadline(timeout_s: float) -> Iterator[None]:
     """Raise DeadlineExceededError in the main thread when the block takes longer than ``timeout_s``."""
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from prismserve.cluster.signals import deadline, handled, terminate
+from prismserve.cluster.signals import deadline, deferred, handled, terminate
 from prismserve.core.errors import DeadlineExceededError
 
 
@@ -37,3 +37,25 @@ def test_sigterm_becomes_an_orderly_exit_with_the_shells_status():
         be_terminated()
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_deferred_signal_ends_the_process_after_the_block_and_not_within():
+    before = signal.getsignal(signal.SIGTERM)
+    reached = []
+
+    def block() -> None:
+        with deferred(signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            reached.append(True)
+
+    with pytest.raises(SystemExit) as caught:
+        block()
+    assert reached
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nothing_deferred_is_nothing_raised():
+    with deferred(signal.SIGINT):
+        pass

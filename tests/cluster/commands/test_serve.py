@@ -84,12 +84,13 @@ def test_an_index_server_that_does_not_answer(tmp_path: Path) -> None:
     assert "hush" not in text[1]
 
 
-def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after_s", [0.5, 3.0])
+def test_an_interrupt_while_starting_leaves_nothing(after_s: float) -> None:
     cluster = ServedCluster(ready_timeout_s=60)
     # Where this process ignores SIGINT, as a shell's background jobs do, its child would while it imports.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(Exception, match="before it was ready"), _interrupted(cluster):
+        with pytest.raises(Exception, match="before it was ready"), _interrupted(cluster, after_s):
             pass
     finally:
         signal.signal(signal.SIGINT, before)
@@ -101,16 +102,20 @@ def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path) -> None:
 class _interrupted:  # noqa: N801 - reads as a phrase
     """Enter a cluster and send SIGINT while it starts."""
 
-    def __init__(self, cluster: ServedCluster) -> None:
+    def __init__(self, cluster: ServedCluster, after_s: float) -> None:
         self._cluster = cluster
+        self._after_s = after_s
 
     def __enter__(self) -> None:
         import threading
 
         def interrupt() -> None:
-            while self._cluster._process is None:
+            # Its folder is the first thing a start makes; Ray and the imports of its application come in the seconds after.
+            deadline = time.monotonic() + 60
+            while not (self._cluster._temporary and any(self._cluster._temporary.glob("prismserve-*"))):
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
-            time.sleep(12)
+            time.sleep(self._after_s)
             self._cluster._process.send_signal(signal.SIGINT)
 
         threading.Thread(target=interrupt, daemon=True).start()
