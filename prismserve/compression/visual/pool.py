@@ -6,6 +6,7 @@ is what remains of them.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -34,19 +35,27 @@ class MeanPooling(Reducing):
             return whole
         # The frames of a video are one picture, each below the one before.
         rows, columns = features.frames * features.grid[0], features.grid[1]
-        count = rows * columns
-        kept = self.kept_tokens(config, count)
-        anchors, members = [], []
-        for top, bottom, left, right in cells(rows, columns, kept):
-            # The lower of two middles, so that a tie goes to the lower index.
-            anchors.append((top + bottom - 1) // 2 * columns + (left + right - 1) // 2)
-            members.append([row * columns + column for row in range(top, bottom) for column in range(left, right)])
-        weights = torch.zeros(kept, count)
-        for cell, inside in enumerate(members):
-            weights[cell, inside] = 1.0 / len(inside)
-        order = torch.tensor(anchors).argsort()
-        device = features.tokens.device
-        return VisualPlan(torch.tensor(anchors)[order].to(device), weights[order].to(device))
+        kept, device = self.kept_tokens(config, rows * columns), features.tokens.device
+        anchors, owner = _cut(rows, columns, kept)
+        members = (owner == torch.arange(kept)[:, None]).float()
+        return VisualPlan(anchors.to(device), (members / members.sum(1, keepdim=True)).to(device))
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(rows: int, columns: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[count] int64 anchors of the disjoint cells, ascending, and [rows x columns] int64, whose each patch is.
+
+    Both on the CPU, not to be changed.
+    """
+    # The lower of two middles, so that a tie goes to the lower index.
+    by_anchor = sorted(
+        ((top + bottom - 1) // 2 * columns + (left + right - 1) // 2, (top, bottom, left, right))
+        for top, bottom, left, right in cells(rows, columns, count)
+    )
+    owner = torch.empty(rows, columns, dtype=torch.int64)
+    for cell, (_, (top, bottom, left, right)) in enumerate(by_anchor):
+        owner[top:bottom, left:right] = cell
+    return torch.tensor([anchor for anchor, _ in by_anchor]), owner.flatten()
 
 
 def cells(rows: int, columns: int, count: int, *, overlapping: bool = False) -> list[tuple[int, int, int, int]]:

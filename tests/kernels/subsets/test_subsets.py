@@ -68,6 +68,14 @@ def test_native_kernels_choose_what_plain_pytorch_chooses(count, width, clusters
 
 
 @needs_native
+@pytest.mark.parametrize("candidates", [1023, 1024, 1025])
+def test_dropping_among_many_rows_is_the_same_with_and_without_all_pairs_held(candidates):
+    rows = features(1100, 6, clusters=40)
+    among = torch.arange(1100)[:candidates] + torch.arange(candidates) // 512
+    assert_same(*both(lambda: [drop_alike(rows, among, candidates // 2, 64)]))
+
+
+@needs_native
 def test_rows_that_lie_apart_in_memory_are_read_where_they_are():
     wide = features(40, 64)
     rows, copied = wide[:, 8:40], wide[:, 8:40].contiguous()

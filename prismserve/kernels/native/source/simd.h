@@ -74,6 +74,7 @@ inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
 }
 
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 
 // exp by range reduction to [-ln2/2, ln2/2] and a polynomial of degree 6 (Cephes' expf); 2 ulp, flushed below 2^-126.
 inline Floats exponential(Floats x) {
