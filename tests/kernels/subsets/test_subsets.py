@@ -171,6 +171,19 @@ def test_choosing_and_folding_together_is_choosing_and_then_folding(count, width
                 assert torch.equal(weights != 0, plain != 0)
 
 
+@needs_native
+def test_features_that_are_not_numbers_still_give_rows_there_are():
+    rows = features(20, 12)
+    for broken in (slice(0, 20), slice(3, 9)):
+        rows[broken] = torch.nan
+        kept, weights = determinant_folded(rows, 15, None, None, 0.7, 0.3)
+        for chosen in (kept, farthest_first(rows, 15), largest_determinant(rows, 15)):
+            assert chosen.shape == (15,)
+            assert bool(((chosen >= 0) & (chosen < 20)).all())
+        assert weights.shape == (15, 20)
+        rows = features(20, 12)
+
+
 TWINS = [0, 1, 0, 2, 1, 3, 0, 2, 4, 4, 1]
 """Rows 4, 10 repeat row 1, and so on; row 4 of the base is zero."""
 

@@ -109,8 +109,10 @@ struct Some {
 
     int64_t count() const { return which.size(); }
 
+    // Nothing happens if it is not among them, as where features are not numbers and a row is chosen twice.
     void drop(int64_t row) {
         const auto place = std::lower_bound(which.begin(), which.end(), row) - which.begin();
+        if (place == count() || which[place] != row) return;
         which.erase(which.begin() + place);
         data.erase(data.begin() + place);
     }
