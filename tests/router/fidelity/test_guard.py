@@ -110,9 +110,10 @@ async def test_a_bad_preset_is_found_and_stepped_back():
     async with running(router) as (guard, judge, outcome):
         for _ in range(4):
             guard.finished(CALL, prepared("turbo"))
-        await until(lambda: judge.in_force("turbo") == "balanced")
+        # A replay is counted when all of it is done, and steps back before.
+        await until(lambda: outcome("compared") == 4)
+        assert judge.in_force("turbo") == "balanced"
         assert router.asked == ["off", "turbo"] * 4
-        assert outcome("compared") == 4
         assert guard.status()["presets"]["turbo"]["reason"].startswith("4 of 4")
 
 
