@@ -62,7 +62,7 @@ class MirrorStore:
 
     def __init__(self) -> None:
         from prismserve.core.types import KVLayout, Role, WorkerInfo
-        from prismserve.kv_transfer.index.base import EventKind, IndexEvent
+        from prismserve.kv_transfer.index.events import EventKind, IndexEvent
         from prismserve.kv_transfer.index.mirror import Mirror
         from prismserve.kv_transfer.index.records import decode_event, encode_event
 

@@ -19,9 +19,9 @@ import redis
 
 from benchmarks.index.probe import KEY_BYTES, LOOKUPS, Chain, load
 from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo
-from prismserve.kv_transfer.index.base import IndexEvent
 from prismserve.kv_transfer.index.connect import open_index
 from prismserve.kv_transfer.index.embedded import EmbeddedServer
+from prismserve.kv_transfer.index.events import IndexEvent
 from prismserve.kv_transfer.index.lease import WorkerLease
 from prismserve.kv_transfer.index.mirror import Mirror
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prismserve.engine.focusing import Focusing
     from prismserve.engine.pool import KVPool
-    from prismserve.engine.runner import RunItem
+    from prismserve.engine.run_item import RunItem
     from prismserve.kernels.paged_attention import PagedBatch
     from prismserve.models.decoder import AttentionBackend
 

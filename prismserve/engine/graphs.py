@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from prismserve.engine.config import EngineConfig
     from prismserve.engine.pool import KVPool
-    from prismserve.engine.runner import RunItem
+    from prismserve.engine.run_item import RunItem
     from prismserve.models.base import VisionLanguageModel
     from prismserve.models.config import DecoderConfig
 

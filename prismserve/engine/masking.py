@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prismserve.engine.pool import KVPool
-    from prismserve.engine.runner import RunItem
+    from prismserve.engine.run_item import RunItem
     from prismserve.models.config import DecoderConfig
     from prismserve.models.decoder import AttentionBackend
 

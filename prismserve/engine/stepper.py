@@ -14,7 +14,7 @@ from prismserve.engine.imports import ExportView
 from prismserve.engine.logprobs import RawScores
 from prismserve.engine.metrics import Counters, MovingAverage
 from prismserve.engine.planning import LOOKAHEAD, StepPlanner
-from prismserve.engine.runner import RunItem
+from prismserve.engine.run_item import RunItem
 from prismserve.engine.sampler import GREEDY, NO_TOKEN, SampleRow, TokenBias, TokenCounts, has_penalty, sample
 from prismserve.engine.sequence import Sequence, State, Work
 

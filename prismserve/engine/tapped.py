@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from prismserve.engine.pool import KVPool
-    from prismserve.engine.runner import RunItem
+    from prismserve.engine.run_item import RunItem
     from prismserve.engine.taps import Taps
     from prismserve.models.config import DecoderConfig
     from prismserve.models.decoder import AttentionBackend

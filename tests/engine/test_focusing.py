@@ -14,7 +14,7 @@ from prismserve.core.types import MediaSegment, Request, TextSegment
 from prismserve.engine.focused import FocusedAttention
 from prismserve.engine.focusing import Focusing, plan_focusing
 from prismserve.engine.graphs import DecodeGraphs
-from prismserve.engine.runner import RunItem
+from prismserve.engine.run_item import RunItem
 from tests.engine.conftest import Workshop, tokens_of
 from tests.models.dense_backend import DenseBackend, dense_attention
 

@@ -9,7 +9,7 @@ from prismserve.engine import foundation
 from prismserve.engine.config import EngineConfig
 from prismserve.engine.graphs import CudaReplay, DecodeBuffers, batch_sizes, recordable, replay_for, size_for
 from prismserve.engine.pool import KVPool
-from prismserve.engine.runner import RunItem
+from prismserve.engine.run_item import RunItem
 from prismserve.engine.sequence import Sequence, Work
 from prismserve.engine.taps import Taps, last_rows
 from tests.engine.small_text import BLOCK, LAYERS, NAMESPACE, Driver, TextWorkshop

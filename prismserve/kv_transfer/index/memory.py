@@ -14,9 +14,10 @@ from typing import Final
 
 from prismserve.core.errors import IndexUnavailableError
 from prismserve.core.types import Tier, WorkerInfo, WorkerState
-from prismserve.kv_transfer.index.base import EventKind, IndexEvent, check_epoch, check_keys, check_worker_id
+from prismserve.kv_transfer.index.base import check_epoch, check_keys, check_worker_id
 from prismserve.kv_transfer.index.claims import Claims
 from prismserve.kv_transfer.index.config import IndexConfig
+from prismserve.kv_transfer.index.events import EventKind, IndexEvent
 from prismserve.kv_transfer.index.mirror import Mirror
 from prismserve.kv_transfer.index.records import encode_worker
 

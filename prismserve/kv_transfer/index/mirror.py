@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from prismserve.core.types import Tier, WorkerInfo
-from prismserve.kv_transfer.index.base import EventKind, IndexEvent
+from prismserve.kv_transfer.index.events import EventKind, IndexEvent
 from prismserve.kv_transfer.index.runs import RunTable
 
 _SWEEP_KEYS: Final = 2048

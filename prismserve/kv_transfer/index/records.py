@@ -11,7 +11,8 @@ import msgpack
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.hashing import DIGEST_BYTES
 from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo, WorkerState
-from prismserve.kv_transfer.index.base import EPOCH_MAX, EventKind, IndexEvent, check_worker_id
+from prismserve.kv_transfer.index.base import EPOCH_MAX, check_worker_id
+from prismserve.kv_transfer.index.events import EventKind, IndexEvent
 
 RECORD_VERSION: Final = 2
 RECORD_BYTES_MAX: Final = 64 * 1024

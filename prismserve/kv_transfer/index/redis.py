@@ -32,8 +32,6 @@ from typing import Any, Final
 
 from prismserve.core.types import Tier, WorkerInfo, WorkerState
 from prismserve.kv_transfer.index.base import (
-    EventKind,
-    IndexEvent,
     check_cluster,
     check_epoch,
     check_keys,
@@ -42,6 +40,7 @@ from prismserve.kv_transfer.index.base import (
 from prismserve.kv_transfer.index.claims import Claims
 from prismserve.kv_transfer.index.client import Connection
 from prismserve.kv_transfer.index.config import IndexConfig
+from prismserve.kv_transfer.index.events import EventKind, IndexEvent
 from prismserve.kv_transfer.index.follower import RedisFollower
 from prismserve.kv_transfer.index.mirror import Mirror
 from prismserve.kv_transfer.index.records import encode_event, encode_worker

@@ -8,7 +8,7 @@ import hashlib
 import pytest
 
 from prismserve.core.types import Tier, WorkerState
-from prismserve.kv_transfer.index.base import EventKind
+from prismserve.kv_transfer.index.events import EventKind
 from prismserve.kv_transfer.index.lease import WorkerLease
 from prismserve.kv_transfer.index.memory import MemoryIndex, MemoryStore
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo, WorkerState
-from prismserve.kv_transfer.index.base import EventKind, IndexEvent
+from prismserve.kv_transfer.index.events import EventKind, IndexEvent
 from prismserve.kv_transfer.index.mirror import Mirror, PrefixMatch
 from tests.kv_transfer.index.chains import CHAINS, KEYS, key_lists, lookups
 

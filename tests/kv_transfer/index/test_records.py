@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prismserve.core.errors import ConfigurationError
 from prismserve.core.types import KVLayout, Role, Tier, WorkerInfo, WorkerState
-from prismserve.kv_transfer.index.base import EventKind, IndexEvent
+from prismserve.kv_transfer.index.events import EventKind, IndexEvent
 from prismserve.kv_transfer.index.records import decode_event, decode_worker, encode_event, encode_worker
 
 layouts = st.builds(
