@@ -31,7 +31,7 @@ def looks_and_pauses(make_worker, monkeypatch, work_s: float) -> tuple[int, int]
     monkeypatch.setattr(local.LocalTransport, "fileno", lambda self: None)
     monkeypatch.setattr(local.LocalTransport, "poll", look)
     monkeypatch.setattr(Receiver, "_wait", counted)
-    config = TransferConfig(arena_bytes=8 << 20, transports=("local",), receive_spin_s=0.002)
+    config = TransferConfig(arena_bytes=8 << 20, transports=("local",), receive_spin_s=0.0005)
     worker = make_worker("b", config)
     worker.reserve(expect())
     until(lambda: len(looks) == LOOKS)
@@ -45,4 +45,5 @@ def test_a_write_that_needs_this_sides_help_gets_it_without_pause(make_worker, m
 
 def test_looks_that_move_nothing_are_apart(make_worker, monkeypatch):
     looks, pauses = looks_and_pauses(make_worker, monkeypatch, work_s=0.0)
-    assert pauses > looks / 4
+    # Not one for each: a look that met a collection of garbage, say, counts as one that moved something.
+    assert pauses > looks / 10
