@@ -237,7 +237,7 @@ class Cluster:
             if self._owns_ray and self._directory is not None:
                 left = end_processes_naming(self._directory, (TOKEN, os.environ[TOKEN]), _END_S)
                 if left:
-                    logger.info("%d processes of an interrupted start were ended", left)
+                    logger.info("%d processes of Ray were left and have been ended", left)
         if self._embedded is not None:
             self._embedded.stop()
             self._embedded = None

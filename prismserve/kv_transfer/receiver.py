@@ -252,32 +252,36 @@ class Receiver:
     def _run(self) -> None:
         pause_s = self._config.poll_interval_s
         arrived: list[bytes] = []
+        moving = False
         while not self._closed:
             arrived += self._poll(self._hub.opened)
             for raw in arrived:
                 self._accept(raw)
             self._settle()
             self.expire()
-            busy = bool(arrived) or self._moved
+            busy = bool(arrived) or moving or self._moved
             pause_s = self._config.poll_interval_s if busy else min(pause_s * 1.25, _QUIET_POLL_MAX_S)
-            arrived = self._spin() if busy and self._silent else []
-            if not arrived and self._wait(pause_s):
+            arrived, moving = self._spin() if busy and self._silent else ([], False)
+            if not arrived and not moving and self._wait(pause_s):
                 pause_s = self._config.poll_interval_s
 
-    def _spin(self) -> list[bytes]:
+    def _spin(self) -> tuple[list[bytes], bool]:
         """Ask the silent transports without pause until one has something, there is other work, or for long enough.
 
-        Whoever writes over them waits for this side to help; a large write is many looks long, and each that moved
-        bytes counts as the last arrival. Every turn lets other threads of the process run.
+        Whoever writes over them waits for this side to help. Every turn lets other threads of the process run.
+
+        Returns:
+            What has arrived, and whether a look moved bytes meanwhile: a large write is many looks long, and the next
+            spin follows at once, behind what leases and manifests need.
         """
+        moved = False
         until_s = self._hub.clock() + self._config.receive_spin_s
-        while (now_s := self._hub.clock()) < until_s:
+        while self._hub.clock() < until_s:
             arrived = self._poll(self._silent)
+            moved = moved or self._moved
             if arrived or self._poller.poll(0):
-                return arrived
-            if self._moved:
-                until_s = now_s + self._config.receive_spin_s
-        return []
+                return arrived, moved
+        return [], moved
 
     def _wait(self, pause_s: float) -> bool:
         """Sleep until there may be something to do; True if another thread asked for attention."""

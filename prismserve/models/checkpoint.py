@@ -87,6 +87,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_count(path: Path, raw: Mapping[str, Any], name: str) -> int:
+    """A positive integer of a configuration file; ModelLoadError with the file and the field if it is none."""
+    value = raw.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        message = f"{path}: {name} must be a positive integer, got {value!r}"
+        raise ModelLoadError(message, field="model")
+    return value
+
+
 def parse_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     """The configuration that a ``config.json`` describes; ModelLoadError if transformers does not know or accept it."""
     kind = raw.get("model_type")

@@ -17,17 +17,16 @@ A checkpoint directory may hold a folder ``vqtoken`` with safetensors, from the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
 
 from prismserve.core.errors import ModelLoadError
-from prismserve.models.checkpoint import read_json
+from prismserve.models.checkpoint import read_count, read_json
 from prismserve.models.weights import load_weights, weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 FOLDER: Final = "vqtoken"
@@ -66,7 +65,8 @@ class CodeAttention:
             )
             raise ModelLoadError(message, field="model")
         rows, inner, heads, layers = (
-            _count(directory, raw, name) for name in ("query_dim", "context_dim", "num_heads", "num_layers")
+            read_count(directory / "config.json", raw, name)
+            for name in ("query_dim", "context_dim", "num_heads", "num_layers")
         )
         if inner % heads:
             message = f"{directory / 'config.json'}: context_dim {inner} is not divisible by num_heads {heads}"
@@ -114,11 +114,3 @@ class _VQAttn(nn.Module):
 
 def _renamed(name: str) -> str:
     return name.removeprefix("model.").removeprefix("cross_attention.")
-
-
-def _count(directory: Path, raw: Mapping[str, Any], name: str) -> int:
-    value = raw.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        message = f"{directory / 'config.json'}: {name} must be a positive integer, got {value!r}"
-        raise ModelLoadError(message, field="model")
-    return value

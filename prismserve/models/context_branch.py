@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from prismserve.core.errors import ModelLoadError
-from prismserve.models.checkpoint import parse_config, read_json
+from prismserve.models.checkpoint import parse_config, read_count, read_json
 from prismserve.models.weights import load_weights, stored_tensors, weight_files
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ContextBranch:
                 f"{directory} holds a branch of bert_type {raw.get('bert_type')!r}; supported: {', '.join(_BERT_TYPES)}"
             )
             raise ModelLoadError(message, field="model")
-        queries, self._width, inputs = (_count(directory, raw, name) for name in _SIZES)
+        queries, self._width, inputs = (read_count(directory / "config.json", raw, name) for name in _SIZES)
         if inputs != decoder_width:
             message = f"the branch in {directory} gives decoder inputs {inputs} wide, the model's are {decoder_width}"
             raise ModelLoadError(message, field="model")
@@ -153,14 +153,6 @@ class _Branch(nn.Module):
         scores = asking @ self.vlm_att_key_projector(patches).transpose(1, 2) / patches.shape[-1] ** 0.5
         looked = scores.softmax(-1).mean(1)
         return looked, self.vlm_att_val_projector((looked[:, None] @ patches)[:, 0])
-
-
-def _count(directory: Path, raw: Mapping[str, Any], name: str) -> int:
-    value = raw.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        message = f"{directory / 'config.json'}: {name} must be a positive integer, got {value!r}"
-        raise ModelLoadError(message, field="model")
-    return value
 
 
 def _qformer_config(directory: Path, raw: Mapping[str, Any], vocabulary: int, tower_width: int) -> Any:
